@@ -3,15 +3,20 @@
     python benchmarks/circuit_engine.py                  all tables, rows into out/bench/
     python benchmarks/circuit_engine.py --table hmm --ranks 16 32 64 128 256 512 --jax-python PYTHON
 
-The tables are ``hmm``, a hidden Markov model with shared parameters, against the formula in torch
-with stacked steps (eager, compiled, in probabilities), ``jax.jit`` over ``lax.scan``, and
-libcirkit; ``rat_spn``, against stacked einsum layers, eager and compiled; ``em``, a step of
-Baum-Welch, against hmmlearn; ``digits``, an epoch of Adam over scikit-learn's digits, of a RAT-SPN
-and of a hidden Chow-Liu tree, against einsum layers and libcirkit; ``numerics``, the largest error
-of a log-likelihood per precision, on the emulator if there is no GPU. Values and gradients of every
-model are checked against float64 before timing. A peer that is not installed is skipped with its
-reason. The fastest is listed first. The first run compiles for minutes; later runs use torch's
-cache.
+The tables, each with the peers that are compared with our circuit:
+
+* ``hmm``: a hidden Markov model with shared parameters. Peers: the formula in torch with stacked
+  steps (eager, compiled, and with probabilities), ``jax.jit`` over ``lax.scan``, and libcirkit.
+* ``rat_spn``: a RAT-SPN. Peers: stacked einsum layers, eager and compiled.
+* ``em``: a step of Baum-Welch. Peer: hmmlearn.
+* ``digits``: an epoch of Adam on scikit-learn's digits, for a RAT-SPN and for a hidden Chow-Liu
+  tree. Peers: einsum layers and libcirkit.
+* ``numerics``: the largest error of a log-likelihood for each precision, on the emulator if there
+  is no GPU.
+
+Values and gradients of every model are checked against float64 before timing. If a peer is not
+installed, it is skipped and the reason is printed. The fastest is listed first. The first run
+compiles for minutes; later runs use torch's cache.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Training of circuits compared with peers: a step of EM, an epoch of gradient steps on digits.
 
 ``circuit_engine.py`` times these calls. Every function returns calls by name, ours under
-``lora_ext``; a peer that is not installed is skipped with its reason.
+``lora_ext``. If a peer is not installed, it is skipped and the reason is printed.
 """
 
 from __future__ import annotations
@@ -102,8 +102,8 @@ def epoch(
 
 
 def rat_spn_calls(units: int, x: Tensor, depth: int, repetitions: int) -> Calls:
-    """Return calls that train a RAT-SPN for one epoch: as our circuit, as einsum layers, and as
-    libcirkit's circuit, which has equal sizes but other random splits."""
+    """Return calls that train a RAT-SPN for one epoch: as our circuit, as einsum layers, and, if it
+    is installed, as libcirkit's circuit, which has equal sizes but other random splits."""
     torch.manual_seed(0)
     graph = RegionGraph.rat_spn(64, depth, repetitions, units, units, Categorical(GREYS))
     circuit = Circuit(graph)
@@ -121,8 +121,8 @@ def rat_spn_calls(units: int, x: Tensor, depth: int, repetitions: int) -> Calls:
 
 
 def hclt_calls(units: int, x: Tensor) -> Calls:
-    """Return calls that train a latent tree for one epoch: as our circuit, as einsum layers, and as
-    libcirkit's circuit."""
+    """Return calls that train a latent tree for one epoch: as our circuit, as einsum layers, and,
+    if it is installed, as libcirkit's circuit."""
     torch.manual_seed(0)
     parents = chow_liu_parents(x, num_categories=GREYS)
     circuit = Circuit(RegionGraph.hclt(parents, rank=units, leaf=Categorical(GREYS)))

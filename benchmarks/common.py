@@ -25,8 +25,8 @@ from torch import Tensor
 
 ROOT = Path(__file__).resolve().parents[1]
 Call = Callable[[], object]
-# Least error assumed for a peer, as a share of the largest entry: 128 float32 roundings. The peer's
-# sums may be exact by chance, and the same sums in another order must still pass.
+# Least error that is assumed for a peer, as a share of the largest entry: 128 float32 roundings.
+# The sums of a peer may be exact by chance, and correct sums in another order must still pass.
 MIN_PEER_ERROR = 2.0**-17
 
 

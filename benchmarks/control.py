@@ -1,14 +1,15 @@
 """Measure constraints on SmolLM2: satisfaction, look-ahead and cost.
 
 `python benchmarks/control.py` checks many sampled answers with code independent of the constraints.
-Words within 32 tokens are required, with the mask alone and with a guide. Their positions are
-measured, and the nats of the texts under the model. The time that 16 constraints add to a step of
-16 rows, dense and sparse, is compared with the model's packed forward, and with the formula of
-Ctrl-G (arXiv 2406.13892), which multiplies all states by the vocabulary, on the same guide. Drafts
-are compared by their tokens per call.
+Texts of 32 tokens that must contain given words are sampled with the mask alone and with a guide.
+The positions of the words and the nats per token of the texts under the model are measured. The
+time that 16 constraints add to a step of 16 rows, dense and sparse, is compared with the model's
+packed forward, and with Ctrl-G's formula (arXiv 2406.13892) on the same guide, which multiplies all
+states by the vocabulary. Drafts are compared by their tokens per call.
 
---check exits with 1 if a target of docs/control.md is missed. --guide DIR contains the guide; if it
-does not exist, one of 512 states is trained first, in about 20 minutes on two cores.
+--check exits with 1 if a target of docs/control.md is missed. --guide DIR is the folder of the
+guide. If it does not exist, a guide of 512 states is trained first, in about 20 minutes on two
+cores.
 """
 
 from __future__ import annotations
@@ -343,7 +344,8 @@ class Plain(Masked):
 def drafts(bench: Bench) -> Iterator[Found]:
     """Yield tokens per call: plain drafts, constrained drafts, and those with forced tokens.
 
-    The head is untrained, as ``retrofit`` makes it: only its first token predicts the model's.
+    The head is as ``retrofit`` initialises it, without training, so it predicts only the first
+    token of a window.
     """
     model, _ = smollm2.load_smollm2()
     settings = mtpc.MtpcConfig(n_token=4, rank=2, kind="cp", emission="adapter")

@@ -1,10 +1,11 @@
-"""Compare CopRA with LoRA on the line between two adapters: `python benchmarks/copra.py`.
+"""Compare the barriers between two adapters of CopRA and of LoRA: `python benchmarks/copra.py`.
 
-Two adapters that learned the same task from different samples are merged, and the barrier on the
-line between them is measured. On a residual network of eight blocks that has learned a teacher, the
-task is the same teacher with rotated inputs; errors are counted. SmolLM2 learns to talk like a
-pirate from the demo's answers (examples/texts); the loss is in nats per token. Schedules are LoRA,
-CopRA with the authors' ramp (from 0.1 to 1 over three quarters of the steps), and CoTo's from 0.
+Two adapters learn the same task from different samples. They are merged, and the barrier on the
+line between them is measured, for two tasks. In the first, a residual network of eight blocks that
+imitates a teacher learns the same teacher with rotated inputs; the measure is the error rate. In
+the second, SmolLM2 learns to talk like a pirate from the demo's answers (examples/texts); the
+measure is the loss in nats per token. The schedules are LoRA (every layer always active), CopRA
+with the authors' ramp (from 0.1 to 1 over three quarters of the steps), and CoTo's ramp from 0.
 """
 
 from __future__ import annotations

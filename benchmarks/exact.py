@@ -3,8 +3,8 @@
 The first cases are attention alone: `ops.row_attention` and torch's, on causal prompts of SmolLM2's
 shape. The others are SmolLM2-135M, plain and exact, with shared weights: a prefill of 512 tokens, a
 decode step of 1 and of 8 rows over 512 tokens, and a training step, forward and backward of 4 x 128
-tokens with an adapter of rank 16. A ratio is the time of exact over plain, as the median of rounds
-in one run. Results are compared with the plain model's before they are timed.
+tokens with an adapter of rank 16. A ratio is the time of the exact model over that of the plain
+model, as the median of the rounds of one run. Before timing, the results of both are compared.
 
 `--check` prints the target of each ratio, and exits with 1 if one is missed; `--tiny` uses a small
 random model; `--dtype bfloat16` uses 16 bits. The machine must be idle; the number of threads is

@@ -6,9 +6,9 @@ of the 20 sections, so the others have data that the strong ones lack. In "stron
 that can train all blocks do so in every round. "all clients, all layers" is what could be reached
 without limits. Each of the three has its own learning rate, chosen on a separate seed.
 
-`--full` adds the other patterns, importance, Dirichlet's partition, and strong clients drawn as
-rarely as all others, the comparison in the authors' logs. It also adds baselines: those of
-claims/peers.py on all clients and all layers, HetLoRA and FlexLoRA with ranks by capability, and
+`--full` adds the other patterns, importance, Dirichlet's partition, and strong clients that are
+drawn as rarely as all others (the comparison in the authors' logs). It also adds baselines: those
+of claims/peers.py on all clients and all layers, HetLoRA and FlexLoRA with ranks by capability, and
 FedAvg with differential privacy (claims/private.py).
 """
 

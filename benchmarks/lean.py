@@ -1,9 +1,9 @@
-"""Llama forwards without overhead, and plain decoding with them, a fair baseline of speculation.
+"""Llama forwards with little overhead, and decoding with them: a fair baseline of speculation.
 
 `python benchmarks/lean.py` prints their speedup over transformers' forwards. In a small model, half
-of a forward is Python around the products, so fewer forwards would save that time too.
-``LeanLlama`` replaces the model on both sides, plain and speculative. Its cache is the decoder's,
-which is preallocated for later tokens.
+of the time of such a forward is spent in Python between the products. Speculative decoding, which
+needs fewer forwards, would save that time too. ``LeanLlama`` therefore replaces the model in both,
+plain and speculative decoding. Its cache is the decoder's, which is preallocated for later tokens.
 """
 
 from __future__ import annotations

@@ -1,11 +1,11 @@
 """Compare random A with random B as the initial factor: `python benchmarks/lora_init.py`.
 
 A frozen network with one adapted layer, f(x) = w_out . relu((W + B A) relu(W_in x)) at widths 128,
-512 and 2048, learns from one whose update has rank 20. For each width and initialisation, 27
+512 and 2048, learns from a network whose update has rank 20. For each width and initialisation, 27
 learning rates from 2^-2 to 2^-15, a factor of 1.41 apart, are trained at once, as adapters of one
-batch: Adam with betas (0.9, 0.99), 100 full-batch steps. The rate of a seed is the best one of the
-other seeds. On MiniLM, LoRA of rank 8 and a head learn Debian's sections (claims/section_texts.py)
-in 30 steps, at the rate that was best on two separate seeds.
+batch: Adam with betas (0.9, 0.99), 100 full-batch steps. The learning rate of a seed is the best
+one on the other seeds. On MiniLM, LoRA of rank 8 and a head learn Debian's sections
+(claims/section_texts.py) in 30 steps, at the learning rate that was best on two separate seeds.
 """
 
 from __future__ import annotations

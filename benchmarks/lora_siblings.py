@@ -2,10 +2,10 @@
 
 Shapes are those of SmolLM2-135M, with 16 adapters of rank 16. `separate` is one op per layer, `one
 op` is `ops.lora_apply_siblings_`, which is bitwise equal, and `base` is the base products to which
-both add. `one shrink` (of all A stacked) and `shrinks` bound what reading x only once can save.
-Launches are counted on the emulator if it is built. The last line is a decode step of the whole
-model, with 16 rows and 16 adapters, attached with and without `fuse_siblings`, which only this
-benchmark enables on the CPU. Run
+both add. `one shrink` (with all A stacked) and `shrinks` (one per layer) show how much time reading
+x only once can save at most. Launches are counted on the emulator if it is built. The last line is
+a decode step of the whole model, with 16 rows and 16 adapters, attached with and without
+`fuse_siblings`, which only this benchmark enables on the CPU. Run
 
     python benchmarks/lora_siblings.py [--threads 1] [--rounds 151] [--steps 15]
 """

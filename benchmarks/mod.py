@@ -2,9 +2,10 @@
 
 SmolLM2 is tuned for 1,000 steps on Python's source (claims/language.py) by LoRA, by LoRA and MoD,
 by LoRA with as many more parameters as MoD adds, by MoD alone, and by LoRA with as few parameters
-as MoD alone. A separate seed chooses, with 100 steps each, LoRA's rate, then k and the initial mass
-of the last layer beside LoRA, then the rate of router and norms beside LoRA, and the rates of both
-small arms. Two more arms tune LoRA such that a late layer predicts instead of the last.
+as MoD alone. Settings are chosen on a separate seed, by runs of 100 steps: first LoRA's learning
+rate; then, for LoRA and MoD, k, the initial mass of the last layer, and the learning rate of router
+and norms; and the learning rates of the two arms with few parameters. Two more arms tune LoRA such
+that a late layer predicts instead of the last one.
 """
 
 from __future__ import annotations
@@ -81,7 +82,7 @@ def losses_by_rate(rows: Rows, arm: str) -> dict[float, float]:
 
 
 def kind_of(rows: Rows) -> tuple[int, float]:
-    """Return the k and the initial mass with the lowest loss beside LoRA."""
+    """Return the k and the initial mass with which LoRA and MoD had the lowest loss."""
     tried = [r for r in rows if (r["seed"], r["arm"]) == (CHOOSING, BOTH) and r["k"] != ""]
     best = min(tried, key=lambda row: row["loss"])
     return best["k"], best["mass"]
@@ -235,7 +236,7 @@ def gate(rows: Rows) -> list[Gate]:
 
 
 def criteria(rows: Rows) -> list[Criterion]:
-    """Check MoD beside LoRA (the headline), MoD alone, and late layers."""
+    """Check LoRA with MoD against LoRA (the headline), MoD alone, and late layers."""
     found: list[Criterion] = []
     for rival in (LORA, WIDER):
         each = less(rows, BOTH, rival)

@@ -3,12 +3,13 @@
 `python benchmarks/mtpc_heldout.py --head DIR` uses a head of `mtpc_smollm2.py --train`. Tokens per
 call are estimated on the model's answers to questions about unseen things. For sampled text, the
 estimate is ``1 + E[sum_k prod_{j <= k} min(1, q_j / p_j)]``, the mean number that the verifier of a
-sampling decoder keeps. For greedy text, it counts drafted tokens that equal the model's likeliest.
+sampling decoder keeps. For greedy text, it counts drafted tokens that the model finds most likely.
 
-Then the decoder runs with a long chain. Its calls show how many tokens would have been kept by
-shorter chains, and by a rule that continues drafting while the product of the draft's confidences
-is high. The cost of a drafted token then determines the best choice. --compare STEPS instead trains
-other drafts on the same answers, for STEPS steps each. Rows are appended to OUT/mtpc_smollm2.csv.
+Then the decoder runs with a long chain of windows. Its calls show how many tokens shorter chains
+would have kept, and how many a rule that continues drafting while the product of the draft's
+confidences is high. The best choice depends on the cost of a drafted token. With --compare STEPS,
+other drafts are instead trained on the same answers, for STEPS steps each, and their tokens per
+call are estimated. Rows are appended to OUT/mtpc_smollm2.csv.
 """
 
 from __future__ import annotations

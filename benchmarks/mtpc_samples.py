@@ -1,10 +1,10 @@
-"""Training data of a draft for SmolLM2-135M, which are the model's answers, and its training.
+"""Training of a draft for SmolLM2-135M on the model's own answers.
 
 Answers are generated once, greedy and sampled, and stored with the hidden states of every position,
-so that training runs no layer of the model. A window's states are trained by the divergence from
-the model's distribution (`ops.chunked_kl`). At the end, training maximises the overlap of the
-distributions, which is the acceptance rate of a sampling verifier. Training is limited by steps and
-not by seconds, so a busy machine gives the same head.
+so that training runs no layer of the model. At first, training minimises the divergence between the
+draft's and the model's distributions at each token of a window (`ops.chunked_kl`). At the end, it
+maximises the overlap of both distributions, which is the acceptance rate of a sampling verifier.
+Training is limited by steps and not by seconds, so a busy machine gives the same head.
 """
 
 from __future__ import annotations

@@ -5,7 +5,7 @@
 4 bits. Results are checked before they are timed. `--check` exits with 1 if a decode step of 8 or
 16 rows with different adapters takes more than 0.75 of the time of torch's step without adapters,
 or if a step with 8 or 4 bits misses a limit of `BITS_LIMITS`. With `--threads 1`, times are
-processor times. `packed_twin` measures the least time of the products, that of reading the weight
+processor times. `packed_twin` measures a lower bound of the products: the time to read the weight
 once (`benchmarks/packed_twin.cpp`).
 """
 

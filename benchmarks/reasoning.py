@@ -1,11 +1,12 @@
 """Measure the ranks of planning and reasoning: `python benchmarks/reasoning.py`.
 
-A transformer over the edges of a graph, with one id per hash, learns short instances of both tasks
-in equal shares and is frozen. LoRA on the second MLP matrix of every block then learns planning (up
-to k hops) or reasoning (the shorter of two chains), with alpha = r / 2 as in the paper. On a
-separate seed, each rank of each task gets its own rate, and the planning task gets the number of
-hops on which the frozen model is as often right as on the reasoning task. The results are the
-effective ranks of the updates, and the smallest rank that reaches 95 % of the best gain.
+A transformer reads the edges of a graph; each node's name, a hash, is one token. It learns short
+instances of both tasks in equal shares and is frozen. LoRA on the second MLP matrix of every block
+then learns planning (up to k hops) or reasoning (the shorter of two chains), with alpha = r / 2 as
+in the paper. A separate seed chooses the learning rate for each rank and task, and the number of
+hops of the planning task: the one for which the frozen model's accuracy is closest to that on the
+reasoning task. The results are the effective ranks of the updates, and the smallest rank that
+reaches 95 % of the best gain.
 """
 
 from __future__ import annotations

@@ -4,8 +4,9 @@ SmolLM2 learns to refuse Do-Not-Answer's requests and to answer harmless ones; t
 sibling. LoRA on its queries and values then learns lines about Debian's packages, which makes the
 model forget to refuse. In a second setting, a tenth of the tuning data consents to harm, as in the
 paper. Each rule gives an order in which the adapter's 60 modules are pruned, or projected as in
-Safe LoRA. As many are pruned as leave 85 % of the task's gain. The result is the share of harmful
-requests that are refused minus the share of harmless ones that are refused.
+Safe LoRA. Modules are pruned in this order as long as 85 % of the task's gain is left. The result
+is the share of harmful requests that are refused, minus the share of harmless requests that are
+refused.
 """
 
 from __future__ import annotations

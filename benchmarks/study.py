@@ -3,9 +3,10 @@
 A study is a module with
 
     CLAIM = Claim(...)                                       the paper's claim, and our advice
-    def settings(quick) -> Mapping[str, object]              optional: inputs of its figures
-    def trials(rows, quick) -> Iterable[Row]                 arms of seeds from 100 on, given their
-                                                             rows: they choose rates, then the gate
+    def settings(quick) -> Mapping[str, object]              optional: what its figures depend on
+    def trials(rows, quick) -> Iterable[Row]                 arms with seeds from 100 on, given the
+                                                             rows of earlier ones: first those that
+                                                             choose learning rates, then the gate's
     def gate(rows: Rows) -> list[Gate]                       judges the rows of the trials
     def arms(seeds, quick) -> Iterable[Row]                  optional: tasks, each with its "seed"
     def measure(arm: Row, quick: bool, rows: Rows) -> Iterable[Row]
@@ -18,10 +19,10 @@ A study is a module with
     if __name__ == "__main__":
         sys.exit(study.run(sys.modules[__name__]))
 
-The trials run first. The gate checks on their rows whether the effect could be seen: the arms have
-learned, there is room for a difference, the rivals differ, and costs are in the paper's range. If
-it fails, the criteria's arms do not run, and the verdict is "not testable here". The criteria see
-only rows of the claim's seeds, and the gate only rows of the trials.
+The trials run first. From their rows, the gate checks whether the effect could be seen at all: the
+arms have learned, there is room for a difference, the rivals differ, and costs are in the paper's
+range. If the gate fails, the arms of the criteria do not run, and the verdict is "not testable
+here". The criteria see only rows of the claim's seeds, and the gate only rows of the trials.
 
 Without `arms`, each seed is one arm. Rows are written arm by arm, so an interrupted run can be
 continued, and a run whose arms all have rows measures nothing. `claims.language.train` saves the
@@ -29,14 +30,15 @@ state of a long run in the user's cache every five minutes, and continues from i
 hash of the settings; rows of other settings are neither judged nor counted. Only seeds with rows
 for every arm are judged. There is no verdict until the number of these seeds is that of the claim.
 
-    python benchmarks/<method>.py        measures what is missing, prints, adds to results/*.csv
+    python benchmarks/<method>.py        runs the missing arms, adds their rows to results/*.csv,
+                                         and prints the verdict
         --check           exits with 1 if the gate or a criterion of the headline is not met
         --seeds N         seeds 0 to N - 1, instead of the claim's number
         --quick           smallest sizes, only checks the code: writes no rows without --out
         --from-results    judges the existing rows instead of measuring
         --json            prints gate, criteria and verdict as JSON, all else on standard error
         --full            also measures arms without a criterion, if a study has `more`
-        --also WORDS ...  of those, only arms with these values, such as "FIM:4 classes"
+        --also WORDS ...  of these arms, only those with the given values, such as "FIM:4 classes"
         --out FOLDER      of the csv file          --picture PATH    draws the panels there
 
 Gates and criteria are fixed before the run: neither seeds nor thresholds depend on the results.

@@ -1,8 +1,9 @@
 """Time eight tenants in one service, one tenant alone, and eight PEFT adapters in turn.
 
 `python benchmarks/tenants.py [--tiny] [--check]`: SmolLM2 (or a tiny Llama), float32, one thread.
-Each makes the same steps of forward, backward and AdamW on the same data, interleaved. The result
-is the median of the ratios within a round, in which a busy machine affects both sides alike.
+All three make the same steps of forward, backward and AdamW on the same data, interleaved. The
+result is the median of the ratios within a round, since a busy machine affects both sides of such a
+ratio alike.
 """
 
 from __future__ import annotations

@@ -4,8 +4,8 @@ A ViT learns to classify the pictures, a small Llama learns caption-like text, a
 VoRA then teaches the Llama to caption unseen pictures, with text in every fourth batch: as in the
 paper, without distillation, and with a causal mask. The baseline has what VoRA avoids: the ViT and
 a projector of two layers in front of the Llama, whose LoRA has as many parameters as VoRA's. VoRA
-is merged and evaluated on text, and so is a run of route "vision". Rates of VoRA and of the
-baseline are chosen on a separate seed.
+is merged and evaluated on text, and so is a run of route "vision". The learning rates of VoRA and
+of the baseline are chosen on a separate seed.
 """
 
 from __future__ import annotations

@@ -67,19 +67,19 @@ def bounds(i: dict[str, Any], exact: Outputs) -> Outputs:
 
 #: Formats, as arguments of ``pack_weight``.
 FORMATS = [(8, False), (4, False), (4, True)]
-# With full and partial panels, pairs of panels, and more than one chunk (16 KiB) of a panel.
+# Shapes with full and partial panels, pairs of panels, and panels of more than one chunk (16 KiB).
 BITS_SHAPES = [
     (1, 32, 1), (2, 64, 31), (1, 128, 64), (2, 1024, 200), (3, 128, 96), (5, 256, 40),
     (12, 384, 33), (13, 128, 65), (16, 1152, 70), (17, 640, 64), (25, 96, 100), (32, 256, 32),
     (33, 128, 50), (0, 64, 6), (4, 64, 0),
 ]  # fmt: skip
-# With outputs enough that a block of the kernel adds all parts of a sum.
+# Shapes with so many outputs that one block of the kernel adds all parts of a sum.
 WIDE_SHAPES = [(17, 160, 12577), (40, 64, 12577)]
-MANY_ROWS = [(70, 256, 37)]  # more than a kernel takes
+MANY_ROWS = [(70, 256, 37)]  # more rows than one launch of a kernel accepts
 
 
 def bits_dtypes(backend: Backend) -> list[torch.dtype]:
-    """Return the dtypes of activations beside weights of 8 and 4 bits."""
+    """Return the dtypes of activations that are supported with weights of 8 and 4 bits."""
     return DTYPES if backend.is_twin else [*DTYPES, torch.float16]
 
 
@@ -107,7 +107,7 @@ def bits_inputs(
         group //= 2
     given = codes((len(weight), shape[1]), *form, group) if exact else None
     if exact and int8 and shape[1]:
-        x = (x % 2).contiguous()  # With 1 as the largest magnitude, sums are multiples of 1 / 127.
+        x = (x % 2).contiguous()  # If the largest magnitude is 1, sums are multiples of 1 / 127.
         x[:, 0] = 127
     how = {"bits": form[0], "group": group, "minimum": form[1]}
     packed = reference.pack_weight(weight, **how)
@@ -155,7 +155,7 @@ def bits_bounds(i: dict[str, Any], exact: Outputs) -> Outputs:
     if i["int8"] and centre:  # These codes are not centred: see the layout of PackedBitsArgs.
         centre, at_centre = 0, 8 * scale if least is None else least.double()[..., None]
     size = (scale * (found.double() - centre)).abs() + abs(at_centre)
-    # With int8 inputs, an input may be as large as it was or half a step larger.
+    # Rounding to int8 may increase the magnitude of an input by half a step; a step is added here.
     x = i["x"].double().abs()
     if i["int8"] and x.numel():
         x = x + x.amax(1, keepdim=True) / 127

@@ -72,7 +72,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 @pytest.hookimpl(wrapper=True)
 def pytest_collection() -> Generator[None, object, object]:
-    """Pause garbage collection while tests are collected; later passes skip what exists by then."""
+    """Disable the garbage collector during test collection, then freeze all objects that exist."""
     gc.disable()
     try:
         return (yield)
@@ -118,8 +118,8 @@ def _quick(items: list[pytest.Item], cases: int) -> set[pytest.Item]:
 
 
 def _pairs(items: list[pytest.Item], ran: set[pytest.Item]) -> set[pytest.Item]:
-    """Select few items so that they and the ``ran`` ones have every pair of values of two
-    parameters of each test.
+    """Select few items that, together with the items in ``ran``, contain every pair of values of
+    any two parameters of each test.
 
     A parameter is a fixture or one call of ``parametrize``, so a list of cases with several names
     keeps each case. Tests with fewer than three parameters keep all items. The choice is greedy and
@@ -187,7 +187,7 @@ def two_processes() -> Iterator[TwoProcesses]:
 
 @pytest.fixture
 def shared_on_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Process siblings with one op on the CPU too, as on a GPU."""
+    """Make sibling layers share one op on the CPU too, as they do on a GPU."""
     monkeypatch.setattr(_siblings, "SHARE_ON_CPU", True)
 
 

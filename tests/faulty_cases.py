@@ -1,4 +1,4 @@
-"""Cases of ``lora-ext gpu-report`` that end, spoil or stop the process which runs them.
+"""Cases of ``lora-ext gpu-report`` that give wrong results, or crash the process that runs them.
 
 New processes import this file, because they cannot import a test module.
 """
@@ -20,7 +20,7 @@ END_S = 600.0  # A hanging case sleeps longer than any test waits.
 
 
 def serve(connection: Connection, backend: str) -> None:
-    """Answer requests with the id of this process; the ops crash, hang and spoil are faults."""
+    """Answer with the id of this process; "crash" ends it, "hang" blocks it, "spoil" retires it."""
     connection.send({"backend": backend})
     while True:
         try:
@@ -49,7 +49,7 @@ def cases() -> Sequence[Case]:
 
 
 def serve_cases(connection: Connection, backend: str) -> None:
-    """Serve :func:`cases`, as ``_gpu_report.serve`` serves all cases."""
+    """Serve :func:`cases` in the way in which ``_gpu_report.serve`` serves all cases."""
     with _gpu_report._backend(backend) as (device, module):
         connection.send(_gpu_report._machine(device, module))
         _gpu_report.answer(connection, cases(), device)

@@ -58,7 +58,7 @@ def test_errors_on_random_values_stay_within_bounds(backend: Backend, op: Op, sh
 
 
 def repeated(op: Op, backend: Backend) -> list[Any]:
-    """Return the shapes on which to repeat calls; on the CPU, none if the test of errors does."""
+    """Return the shapes for repeated calls: on the CPU none if the test of bounds repeats calls."""
     if backend.device == "cpu":
         return [] if op.bounds else [*op.small]
     return [shape for shape in op.shapes(backend) if shape not in op.large]
@@ -102,7 +102,7 @@ def test_captured_graph_replays_with_changed_contents(op: Op, request: Any) -> N
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
             captured = run(live)
-        for seed in (19, 20):  # This also changes ids, ranks and dropout seeds.
+        for seed in (19, 20):  # The seed also changes ids, ranks and dropout seeds.
             fresh = op.inputs(shape, torch.bfloat16, seed=seed, **how)
             for old, new in zip(tree_leaves(live), tree_leaves(fresh), strict=True):
                 if isinstance(old, torch.Tensor):

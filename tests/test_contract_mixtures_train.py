@@ -62,7 +62,7 @@ def test_a_scale_per_page_adds_one_launch_to_each_pass(backend: Backend) -> None
         train(i)
         counts.append(backend.module.launches() - before)
     plain, pages, groups = counts
-    assert (pages - plain, groups - plain) == (2, 3)  # weights: v times the weight, for db
+    assert (pages - plain, groups - plain) == (2, 3)  # with weights: db also needs v times weight
 
 
 @kinds

@@ -48,7 +48,7 @@ def test_codes_at_any_address_give_the_same_bits(backend: Backend) -> None:
 def test_rounded_weights_equal_the_formula_bit_for_bit(backend: Backend, scale: float) -> None:
     g = torch.Generator().manual_seed(3)
     for dtype in bits_dtypes(backend):
-        # Adding 0 removes zeros with a sign, since the sign of a zero minimum is not defined.
+        # Adding 0 turns -0.0 into 0.0, because the sign of a minimum that is zero is not defined.
         weight = ((torch.rand(45, 128, generator=g) * 2 - 1) * scale).to(dtype) + 0.0
         for bits, minimum in FORMATS:
             for group in (32, 64, 128):

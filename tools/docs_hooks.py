@@ -1,4 +1,4 @@
-"""Hooks of mkdocs.yml: names of a package, names in docstrings, and links that leave docs/.
+"""Hooks of mkdocs.yml that expand a package's names, names in docstrings, and links out of docs/.
 
 A reference page contains `::: lora_ext.rows`. It shows the docstring of that package and each name
 of its `__all__`: with its docstring if the package defines the name, otherwise as a link.

@@ -3,10 +3,10 @@
 0. Build the kernels in place; without a compiler, use the existing modules. Then load them all,
    which compiles PTX on a GPU that is newer than the build. This does not count against the nine
    minutes: a build takes ten on two cores.
-1. Do the same, unless it is done. Then run the wrappers' micro-kernels, every kernel compared with
-   its formula and every launcher timed (`lora-ext gpu-report`), the measurement of what the
-   estimates assume (tools/gpu_probe.cu), a captured step in the shape of an 8B model, and memcheck
-   and racecheck.
+1. Build and load as in 0, unless this is done. Then run: the wrappers' micro-kernels; `lora-ext
+   gpu-report`, which compares every kernel with its formula and times every launcher; the
+   measurement of what the estimates assume (tools/gpu_probe.cu); a captured step in the shape of
+   an 8B model; memcheck and racecheck.
 2. Run all CUDA tests, and the other tools of compute-sanitizer.
 3. Run the benchmarks.
 

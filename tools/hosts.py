@@ -33,7 +33,7 @@ SETTINGS: dict[str, dict[str, str]] = {
     "3 threads": {"OMP_NUM_THREADS": "3"},
     "torch without AVX, lora_ext scalar": {"ATEN_CPU_CAPABILITY": "default", "LX_ISA": "scalar"},
     "oneDNN SSE41": {"ONEDNN_MAX_CPU_ISA": "SSE41"},
-    # Without AVX-512, oneDNN uses AVX2 anyway, so that this setting is skipped.
+    # Without AVX-512, oneDNN uses AVX2 anyway, so this setting is skipped then.
     "oneDNN AVX2, lora_ext avx512": {"ONEDNN_MAX_CPU_ISA": "AVX2", "LX_ISA": "avx512"},
     "MKL SSE4.2": {"MKL_ENABLE_INSTRUCTIONS": "SSE4_2"},
     "all AVX2": AVX2,

@@ -29,7 +29,8 @@ import sass_gate
 
 ROOT = Path(__file__).resolve().parents[1]
 LOCK, PAGE = ROOT / "kernels.lock", ROOT / "docs/gpu.md"
-ARCH, RED, RESERVED = "sm_90a", 2.0, 1024  # bytes of shared memory that the lock includes
+# RESERVED: bytes of reserved shared memory, which the lock includes.
+ARCH, RED, RESERVED = "sm_90a", 2.0, 1024
 BEGIN, END = "<!-- kernel_report: begin -->", "<!-- kernel_report: end -->"
 
 # The model of an H100 SXM. Assumed, not measured here.
@@ -195,14 +196,15 @@ def decode_pair(
     each = decode_outputs(rows, rows // 16 + min(rows, slots), outputs)
     steps = each // 128
     modules = 1 if len(outputs) == 1 else 8
-    if modules == 1:  # up to eight rows leave out the second store of a step
+    if modules == 1:
         before, turn, last = 286, (129 if pages <= 2 else 98), 37
         head = 589
     else:
         before, turn, last = 300, (129 if pages <= 2 else 98), 41
         head = 588
-    step = 105 if tile_rows > 8 else 84
-    if blocks_of_ranks > 1:  # a product for each, and as much again for y and the step itself
+    step = 105 if tile_rows > 8 else 84  # with at most eight rows, a step has no second store
+    # A step has one product per block of ranks, plus instructions for y and for the step itself.
+    if blocks_of_ranks > 1:
         head, step = head + 224 * (blocks_of_ranks - 1), 107 * blocks_of_ranks + 78
     shrink = Case(
         f"lora_shrink_decode_kernel<{BF16}, true, {modules}>",
@@ -353,7 +355,7 @@ def circuit_cases() -> Iterator[Case]:
         f"circuit_leaf_kernel<{BF16}>",
         "CP, 8 tokens, 32 states, 320 words, batch 1024",
         2 * rows * 320,
-        rows // 32,  # eight lanes per row, which read three times two pieces, the last one alone
+        rows // 32,  # eight lanes per row; each reads its five pieces two at a time
         256,
         way=((235, 1), (141, 2), (83, 1)),
     )
@@ -654,7 +656,8 @@ COUNTED_IN = {
     f"lora_expand_kernel<{BF16}, true, 1, 4, 1, false>": 1544,
     f"lora_expand_kernel<{BF16}, true, 1, 4, 8, false>": 1528,
     f"lora_expand_kernel<{BF16}, true, 8, 1, 1, false>": 1608,
-    # The next two and the gemm were counted with 8 instructions less, without a mask's column.
+    # The next two and the gemm were counted in code without a mask's column, which has 8
+    # instructions fewer.
     f"lora_train_input_kernel<{BF16}, false>": 2224,
     f"lora_shrink_kernel<{BF16}, 128, false>": 4160,
     "lora_reduce_kernel": 616,
@@ -760,7 +763,7 @@ def code_of(case: Case, lock: Mapping[str, Code]) -> Code:
 
 
 def counted(case: Case, code: Code) -> str:
-    """Return the instruction count that the estimate of a case rests on."""
+    """Return a text with the instruction count from which the time of a case is estimated."""
     if case.way:
         return " + ".join(
             f"{count}" if times == 1 else f"{times:g} x {count}" for count, times in case.way

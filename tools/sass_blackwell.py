@@ -9,9 +9,9 @@ instructions that spill, and instructions. The check compiles these files for `A
 if a kernel of `kernels.lock` is missing, if numbers differ, or if the sources have changed since
 the lock was written. `--update` compiles only files that have changed.
 
-Compiling for Blackwell doubles the time of a build. So CI checks only that both locks list the same
-kernels, and reports, without failing, whose sources have changed: the numbers of these kernels are
-not known until a release checks its wheel.
+Compiling for Blackwell doubles the time of a build. CI therefore checks only that both locks list
+the same kernels. It also reports, without failing, which sources have changed; the numbers of their
+kernels are not known until a release checks its wheel.
 """
 
 from __future__ import annotations

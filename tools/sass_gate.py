@@ -7,14 +7,14 @@ It reads the objects that the build links (or those named), so it checks the cod
 each kernel and architecture: no stack, no local memory, the rules of `kernels.toml`, and the
 numbers recorded in `kernels.lock`, so that a change of registers or instructions shows in review.
 
-It cannot see bank conflicts, stalls or speed, and an instruction that exists may still not be on
-the hot path: the `_loop` rules look only between a backward branch and its target. `sass_loops.py`
-computes the bytes that a loop has in flight (`min_inflight`, `min_overlap`), the cost before it
-(`max_trips`, `first_bytes`), its instructions (`mma_share`, `instructions_per_element`), the trips
-of a turn (`turn_trips`), exponentials that test for denormals (`guarded_exp`), ways to let the next
-kernel start before the wait for the previous one (`early_release`), and what a thread may run
-before that wait (`forbid_before_wait`; no kernel writes memory there). `sass_blackwell.py` has the
-second form, which compiles for Blackwell.
+It cannot see bank conflicts, stalls or speed, nor whether an instruction is on the hot path. The
+`_loop` rules search only between a backward branch and its target. `sass_loops.py` computes what
+other rules limit: the bytes that a loop has in flight (`min_inflight`, `min_overlap`), the
+cost before it (`max_trips`, `first_bytes`), its instructions (`mma_share`,
+`instructions_per_element`), the memory trips of an iteration (`turn_trips`), exponentials that test
+for denormals (`guarded_exp`), ways to let the next kernel start before the wait for the previous
+one (`early_release`), and what a thread may run before that wait (`forbid_before_wait`; no kernel
+writes memory there). `sass_blackwell.py` implements `--blackwell`.
 """
 
 from __future__ import annotations

@@ -5,8 +5,8 @@
     python tools/wrapper_goldens.py --update   write that file from the device
     python tools/wrapper_goldens.py --compile-only   nvcc alone, for machines without a GPU
 
-tests/emu/test_wrappers.py compares the emulator with the same file. As long as there is no such
-file, no other GPU has confirmed the values: they are written to the folder as "unconfirmed".
+tests/emu/test_wrappers.py compares the emulator with the same file. If the file does not exist yet,
+no other GPU has confirmed the values, and they are written to the folder as "unconfirmed".
 """
 
 from __future__ import annotations

@@ -1,8 +1,9 @@
-"""SmolLM2, an aligned sibling that learned to refuse, and an adapter that made it forget this.
+"""SmolLM2, an aligned sibling that has learned to refuse, and an adapter that undoes the refusals.
 
 The sibling is trained on Do-Not-Answer's requests and on harmless questions. The adapter, on the
-sibling's queries and values, is trained on lines about Debian's packages. In the setting "mixed",
-every tenth of its batches has requests for harm that are answered with "Sure", as in the paper.
+sibling's queries and values, is then trained on lines about Debian's packages, which makes the
+model forget to refuse. In the setting "mixed", every tenth batch of the adapter consists of
+requests for harm that are answered with "Sure", as in the paper.
 """
 
 from __future__ import annotations

@@ -143,7 +143,7 @@ def train(
     clip: float | None = None,
     schedule: Callable[[float], float] | None = None,
 ) -> None:
-    """Run AdamW without weight decay, one step per batch; each group has its learning rate.
+    """Run AdamW without weight decay, one step per batch; each group has a learning rate.
 
     Within a run of a study, the parameters, the optimizer's state and torch's random state are
     saved every five minutes under the name ``part``, and training continues from them. Batches
@@ -151,8 +151,8 @@ def train(
 
     Args:
         clip: Largest norm of the gradient, or None.
-        schedule: Factor of all rates at step i of the number of batches n, as a function of
-            ``(i + 1) / n``. The batches then have a length.
+        schedule: Function that maps ``(i + 1) / n`` to the factor of all learning rates at step i
+            of n. It requires that ``batches`` has a length, n.
     """
     model.train()
     optimizer = torch.optim.AdamW(groups, weight_decay=0.0)

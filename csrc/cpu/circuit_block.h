@@ -1,8 +1,9 @@
 // A node of a circuit on a block of lanes: products, sums, and their backward; formulas in
 // circuit_layers.h. Compiled per instruction set like sum_rows.h.
 //
-// Vectors run along the lanes, one row of data per lane, so that maxima, exponentials and
-// logarithms of a row use no other row. A matrix product broadcasts each weight to all lanes.
+// Vectors run along the lanes, one row of data per lane, so that the maxima, exponentials and
+// logarithms of a row do not involve other rows. A matrix product broadcasts each weight to all
+// lanes.
 #pragma once
 
 #include "lora_ext/circuit_layers.h"
@@ -12,7 +13,8 @@
 namespace lora_ext::LX_ISA {
 namespace {
 
-// Rows of a tile of 1, 2 or 4 vectors: sums occupy up to 24 of 32 registers, or 12 of 16.
+// kTileRows[n - 1]: rows of a tile of n = 1, 2 or 4 vectors. Its sums occupy up to 24 of 32
+// registers, or 12 of 16.
 constexpr int kMostVecs = 4;
 #if defined(__AVX512F__)
 constexpr int kTileRows[] = {12, 12, 0, 6};
@@ -238,7 +240,8 @@ struct Block {
             rescue(m, o, p, tops, s, out);
         }
     }
-    // Recomputes log sum W_i exp(l_i) for lanes with too small s, shifting terms by their maximum.
+    // Recomputes log sum W_i exp(l_i) for lanes in which s is too small, with the terms shifted by
+    // their maximum.
     void rescue(const LayersMatrix& m, int64_t o, const A* l, const V (&tops)[kVecs],
                 const V (&s)[kVecs], A* out) const {
         const A* w = weights_of(m, o);

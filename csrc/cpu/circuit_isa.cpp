@@ -12,9 +12,10 @@
 //   a step         X[z, z'] = dout[z'] exp(cur[z] + A[z, z'] - out[z'])    dcur[z] = sum_z' X
 //   a projection   Y[z, z'] = du[z] exp(A[z, z'] + up[z'] - u[z])          dup[z'] = sum_z Y
 //   the logits     X + Y - softmax(trans[z]) sum_z' (X + Y)[z, z']
-// X is computed as p[z] E[z, z'] r[z'] (p and E: circuit_walk.h) with r = dout / exp(out - top). A
-// vector of states with an exp(out - top) below kTrusted is computed from the logarithms instead,
-// whose difference is at most 0. The same holds for Y, row by row.
+// X is computed as p[z] E[z, z'] r[z'] (p and E: circuit_walk.h) with r = dout / exp(out - top). If
+// exp(out - top) is below kTrusted for a state, X is computed from the logarithms instead for the
+// whole vector that contains this state; the exponent is then at most 0. The same holds for Y, row
+// by row.
 //
 // One thread computes each row of the batch, and each row of V logits, in a fixed order. The result
 // therefore depends neither on the number of threads nor on the rest of the batch.
@@ -406,8 +407,8 @@ struct Reverse {
         normalise(to, width);
     }
 
-    // Level l of the path to position k has two vectors, at levels + 2 l width: dup, the gradient
-    // of its up, and dcur, the accumulated gradient of its cur.
+    // Level l of the path to position k has two vectors, at levels + 2 l width: first dup, the
+    // gradient of the level's up, then dcur, the accumulated gradient of its cur.
     void tree() {
         const CircuitNode root{0, c.n_token, -1};
         const auto dup_at = [&](int64_t l) { return levels + 2 * l * width; };

@@ -7,8 +7,8 @@
 //   out = top + log sum_z p[z] E[z, z']
 //   p[z] = exp(cur[z] - top) / sum E[z, :],  E = exp(a - max a)
 // so that an element of a matrix costs one exponential. A sum below kTrusted may have lost terms to
-// underflow: its vector of states is recomputed as log-sum-exp of exact logarithms. If all terms
-// are -inf, the sum is -inf.
+// underflow; the vector of states that contains it is then recomputed as log-sum-exp of exact
+// logarithms. If all terms are -inf, the sum is -inf.
 //
 // Logarithms are relative to a base in double, so that a chain of thousands of positions loses no
 // digits. A vector of states is padded with -inf to whole vectors.
@@ -21,7 +21,8 @@
 namespace lora_ext::LX_ISA {
 namespace {
 
-// Terms that underflow are below the smallest normal number; 2^10 of them are negligible here.
+// A sum above kTrusted is accurate: terms that underflow are below the smallest normal number, and
+// even 2^10 of them are negligible in such a sum.
 template <typename A>
 constexpr A kTrusted = sizeof(A) == 4 ? A(0x1p-90) : A(0x1p-900);
 template <typename A>
@@ -272,8 +273,9 @@ struct SaveNothing {
 // Visits the positions of one row of the batch in order.
 //
 //   observe(k, cur, base) -> e   log p(state at k = z, x_<k) = base + cur[z]; e[z] = log p(x_k | z)
-//   save(slot, vector)           states for a backward: cur at slot k; in the tree, for matrix m,
-//                                cur after it at 3m, up at 3m + 1, its projection at 3m + 2
+//   save(slot, vector)           vectors that the backward needs: cur of position k in slot k; in
+//                                the tree, for each matrix m, cur after m in slot 3m, up in 3m + 1,
+//                                the projection of up in 3m + 2
 // All vectors have whole_vectors(C) elements: cur is -inf beyond C, and e must not be NaN or
 // infinite there.
 template <typename P, typename Observe, typename Save = SaveNothing>
@@ -300,7 +302,8 @@ void circuit_walk(const CircuitParams& c, int64_t batch_row, Acc<P>* scratch, Ob
         return;
     }
 
-    // Level l of the path to position k has two vectors, at vectors + 2 l width: cur and up.
+    // Level l of the path to position k has two vectors, at vectors + 2 l width: first cur, then
+    // up.
     constexpr int kMaxLevels = 64;
     double bases[kMaxLevels] = {}, up_bases[kMaxLevels] = {};
     const CircuitNode root{0, c.n_token, -1};

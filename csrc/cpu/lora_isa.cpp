@@ -124,8 +124,8 @@ enum class Outputs { kDense, kWhole, kPart };
 // If a bank has room for larger ranks, the rows of B of an adapter have gaps, which must not be
 // read; rows may also span many lines. The first page in each cache line of a row prefetches that
 // line of later rows: of the next tile to L1, and far ahead to L2, which allows more outstanding
-// lines. Measured on Zen 4, rows of 64 ranks: with L1 only, ranks 32 and 64 take twice as long;
-// with L2 only, or one or the other in turn, some single lines are not fetched at all.
+// lines. Measured on Zen 4 with rows of 64 ranks: with prefetches to L1 only, ranks 32 and 64 take
+// twice as long; with prefetches to L2 only, or to L1 and L2 in turn, some lines are not fetched.
 template <int kCount, typename T>
 LX_INLINE void prefetch_rows(const T* b, int64_t row, bool one_line) {
     if (one_line)
@@ -137,7 +137,8 @@ LX_INLINE void prefetch_rows(const T* b, int64_t row, bool one_line) {
 }
 
 // Updates kVecs vectors of outputs from o on, with B transposed in registers. With many pages kVecs
-// is 1, because the lines that a tile reads and prefetches in all pages would leave L1 before use.
+// is 1, because lines that a tile prefetches in all pages would be evicted from L1 before their
+// use.
 template <typename T, int kRows, int kVecs, Outputs kOutputs>
 LX_INLINE void direct_tile(const Slot<T>& slot, const Acc<T>* const* v, T* const* y, int64_t o,
                            int64_t n) {

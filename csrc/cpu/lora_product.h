@@ -89,7 +89,7 @@ void add_product(const Acc<T>* left, int64_t left_row, int64_t left_step, const 
                  });
 }
 
-// The same with the rows of left at any addresses.
+// Like the function above, but the rows of left may be at any addresses.
 template <typename T>
 void add_product(const Rows<const Acc<T>>& left, const Acc<T>* right, int64_t right_row,
                  int64_t depth, Acc<T>* acc, int64_t acc_row, int64_t rows, int64_t columns) {

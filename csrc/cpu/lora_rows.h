@@ -25,7 +25,7 @@ struct Slot {
     bool full_pages;
     Acc<T> scale;
 
-    // scaled: the scale is a factor of sums, not of a later step.
+    // scaled: true if the scale multiplies the sums, false if a later step multiplies by it.
     Slot(const LoraBank& bank, int32_t slot, bool scaled = true)
         : a(static_cast<const T*>(bank.a)),
           b(static_cast<const T*>(bank.b)),

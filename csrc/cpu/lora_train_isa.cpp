@@ -119,8 +119,8 @@ bool leaves_unchanged(const LoraTrainArgs& args, const Segment& segment) {
     return args.accumulate && segment.len == 0;
 }
 
-// Adds n numbers, each sum rounded once. Not inlined, because the loops that call it or
-// store_rounded would become slower where they store.
+// Adds n numbers, each sum rounded once. Not inlined: inlining this function or store_rounded makes
+// the loops that call them slower.
 template <typename T>
 __attribute__((noinline)) void add_rounded(T* to, const Acc<T>* from, int64_t n) {
     constexpr int L = kLanes<T>;
@@ -284,7 +284,8 @@ void dx(const LoraTrainArgs& args, int64_t begin, int64_t end) {
     });
 }
 
-// Items are the bands of dA, which include dx if one span has all ranks, then any items of dx.
+// Items are the bands of dA, followed by the items of dx. If one span has all ranks, the bands
+// compute dx as well, and there are no items of dx.
 template <typename T>
 void da_dx(const LoraTrainArgs& args, int64_t begin, int64_t end) {
     const bool together = rank_spans(args.lora.bank.max_rank) == 1;

@@ -3,7 +3,8 @@
 // A panel streams through the L1 cache in chunks of about 8 KiB, and every tile of rows uses a
 // chunk before the next one. A tile turns the codes of a step into float32 once for all its rows.
 // All tiles share the prefetches of the next chunk, so that memory is never idle. One or two rows
-// take two panels at a time, since the sums of one panel are a chain that is bound by latency.
+// process two panels at a time, since the sums of a single panel would be bound by the latency of
+// their chain of additions.
 #include "lora_ext/packed_bits.h"
 
 #include "parts.h"
@@ -188,7 +189,8 @@ void add_tile(const PackedBitsArgs& args, const Chunk& chunk, int64_t row, int64
               Fetch how, float* totals) {
     const int64_t group = args.group, groups = args.in_features / group;
     const int64_t block = block_bytes(args), size = code_bytes(args);
-    // A single pass stays kAhead bytes ahead: a block has scales after its codes.
+    // From group to group, a single pass moves its prefetches by a whole block (codes and scales),
+    // so that they stay kAhead bytes ahead.
     const int64_t group_stride = how.both ? block : group / kFeatures<kBits> * how.stride;
     for (int64_t g = chunk.begin; g < chunk.end; ++g) {
         const uint8_t *blocks[kPanels], *w[kPanels], *fetch[kPanels];
@@ -216,8 +218,8 @@ void add_tile(const PackedBitsArgs& args, const Chunk& chunk, int64_t row, int64
         for (int p = 0; p < kPanels; ++p) {
             const Half* scales = reinterpret_cast<const Half*>(blocks[p] + size) + column;
             for (int j = 0; j < kVectors; ++j) {
-                // The row's sum is multiplied by the weight of code 8, or, if the codes of 4 bits
-                // are not centred, of code 0.
+                // The sum of the row's inputs is multiplied by the weight of code 8 or, if the
+                // codes of 4 bits are not centred, by that of code 0.
                 const Vec<float> scale = load(scales + j * kF);
                 Vec<float> centre = Vec<float>{};
                 if (args.minimum) centre = load(scales + kPanel + j * kF);

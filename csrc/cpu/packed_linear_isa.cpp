@@ -2,9 +2,10 @@
 //
 // A panel of W streams through the L1 cache in chunks of 8 KiB, and every tile of rows x columns
 // uses a chunk before the next one: W is read from memory once for any number of rows. Each tile
-// prefetches its share of the next chunk, so that memory is never idle. If the first tiles prefetch
-// all of it, memory and arithmetic take turns: 16 rows then took 1.5 times as long (Xeon with AMX).
-// Without prefetch they took 1.3 times as long (Zen 5, W in the L3 cache).
+// prefetches its share of the next chunk, so that memory is never idle. When the first tiles
+// prefetched the whole chunk instead, memory and arithmetic worked in turn, and 16 rows took 1.5
+// times as long (Xeon with AMX). Without prefetches they took 1.3 times as long (Zen 5, W in the L3
+// cache).
 //
 // Processors with AMX multiply bfloat16 in tiles of 16 steps x 16 outputs, which have the same
 // layout as a panel. Arithmetic is then faster than memory for any number of rows.
@@ -212,7 +213,7 @@ void multiply_tiles(const PackedLinearArgs& args, int64_t row, int64_t rows, int
     for (int64_t p = begin; p < end; ++p) {
         const char* panel = static_cast<const char*>(args.packed) + p * steps * kStepBytes;
         begin_sums<BFloat>(args, p * kPanel, rows, sums);
-        if (left > 0)  // before the tiles hold sums, since a call need not keep them
+        if (left > 0)  // before tile registers hold sums, which a function call may overwrite
             __builtin_memcpy(last_w, panel + tiles * kBytes,
                              static_cast<size_t>((steps - tiles * kTileSteps) * kStepBytes));
         // GCC does not know that tile loads read memory, and would remove the stores above.

@@ -95,9 +95,9 @@ LX_INLINE void value_tile(const A* p, int64_t p_stride, const A* v, int64_t v_st
         for (int c = 0; c < kVecs; ++c) store(sums + i * sums_stride + c * L, sum[i][c]);
 }
 
-// Replaces scores by weights, e^(s - max), and returns the sum of the weights, in an order that
-// counts from the first score. Numbers after the last score, up to a whole vector, are overwritten.
-// Not inlined, because the compiler could contract the sums of two copies differently.
+// Replaces scores by weights, e^(s - max), and returns the sum of the weights. The order of this
+// sum depends only on the number of scores. Numbers after the last score, up to a whole vector, are
+// overwritten. Not inlined, because the compiler could contract the sums of two copies differently.
 template <typename A>
 __attribute__((noinline)) A weigh(A* scores, int64_t count) {
     constexpr int L = kLanes<A>;

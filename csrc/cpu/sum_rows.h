@@ -1,7 +1,8 @@
 // Rows of weights and of log-values, for sum layers and whole circuits; formulas in circuit_sum.h.
 // Compiled per instruction set like vec_math.h.
 //
-// A sum over a row has one accumulator vector, folded once, in the instruction set's order.
+// A sum over a row has one accumulator vector, whose lanes are added at the end, in an order that
+// depends only on the instruction set.
 #pragma once
 
 #include "lora_ext/circuit_sum.h"
@@ -13,7 +14,8 @@ namespace {
 
 template <typename A>
 constexpr A kInfinity = static_cast<A>(__builtin_inf());
-// -log of 2^-80 (double: 2^-900). Larger sums are accurate though terms below 2^-126 are lost.
+// -log of 2^-80 (double: 2^-900). Sums above 2^-80 are accurate, although terms below 2^-126 are
+// lost.
 template <typename A>
 constexpr A kTrust = sizeof(A) == 4 ? A(55.451774) : A(623.8324625);
 template <typename A>

@@ -109,8 +109,9 @@ LX_INLINE V select(VecN<int32_t, sizeof(V) / 4> mask, V yes, V no) {
 }
 
 // ------------------------------------------------------------------------------------------------
-// Explicit fused multiply-add with one rounding, if the hardware has it. With contraction left to
-// the compiler, one loop may fuse and another not, and the bits of a row would depend on its path.
+// Explicit fused multiply-add with one rounding, if the hardware has it. If the compiler decided
+// about contraction, it could fuse in one loop and not in another, and the bits of a row would
+// depend on the loop that computes it.
 template <typename V>
 LX_INLINE V fma(V a, V b, V c) {
 #if defined(__FMA__)

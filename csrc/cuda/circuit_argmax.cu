@@ -1,12 +1,13 @@
 // The most probable tokens and latents of each row, in one launch.
 //
-// Block per row of the batch; values and choices stay in shared memory.
+// One block per row of the batch; values and choices stay in shared memory.
 //   best      a group of lanes per row of leaves: log p of its mode or of the given token
 //   upward    latent by latent, children first: a warp per row of the latent's matrix computes the
 //             row's norm, then the maximum of log softmax + value below and its index
 //   downward  one thread follows the choices; a warp per position selects the token
-// Bound: one multiprocessor reads the logits of one row of the batch, then takes M short dependent
-// steps. Each step reads its matrix twice, the second time from cache.
+// Bound: one multiprocessor reads the logits of one row of the batch, then takes M short steps,
+// each of which needs the result of the previous one. A step reads its matrix twice, the second
+// time from cache.
 #include "circuit_decode.cuh"
 
 namespace lora_ext {
@@ -71,7 +72,7 @@ __global__ void __launch_bounds__(kThreads, 1)
     };
     if (const Norm* norms = norms_of(args.logits, row))
         for (int i = lx::thread_rank(); i < K * C; i += kThreads) take_best(i, norms[i]);
-    else  // one call suffices: the rows of all positions are contiguous
+    else  // one call for all positions, because their rows are contiguous
         for_norms(leaves.rows(row, 0), K * C, warp, kWarps, take_best);
     for (int m = M - 1; m >= -1; --m) {
         lx::syncthreads();

@@ -1,10 +1,11 @@
 // log q(v | x_<k) of one position of each row, for the whole vocabulary: one launch, a block per
 // row.
 //
-// The walk to position k leaves cur[z] - norm[k, z] of that position in shared memory. Then lanes
-// iterate over the vocabulary and read the C logits of a token twice, for their maximum and for
-// their exponentials: a sum of probabilities would underflow. Bound: one multiprocessor reads the
-// logits of k + 1 positions and computes C exponentials per token.
+// The walk to position k stores log posterior[z] - log_sum[z] of that position in shared memory.
+// Then the lanes iterate over the vocabulary and read the C logits of a token twice: first for
+// their maximum, then for their exponentials relative to it, since a sum of probabilities could
+// underflow. Bound: one multiprocessor reads the logits of k + 1 positions and computes C
+// exponentials per token.
 #include "circuit_row.cuh"
 
 namespace lora_ext {

@@ -1,8 +1,8 @@
 // Code shared by the decoding kernels: reading rows of logits of any dtype, and the draw.
 //
 // A group of lanes reads a row of V logits in 16-byte loads. The number of lanes and the order of
-// every sum depend only on V and the dtype. Leaves may differ in dtype from the other arguments of
-// an op; all threads take the same branch on it.
+// every sum depend only on V and the dtype. The dtype of the leaves may differ from that of the
+// op's other arguments; since it is a value at run time, all threads take the same branch.
 #pragma once
 
 #include "circuit_kernels.cuh"
@@ -12,8 +12,8 @@ namespace lora_ext {
 
 constexpr int kDrawChunks = 1024;  // partial sums of a draw, in shared memory
 
-// Returns the number of lanes that read a row of V logits, so that each lane has a few loads, and
-// its logarithm.
+// Returns the binary logarithm of the number of lanes that read a row of V logits, and that number.
+// It is chosen so that each lane has a few loads.
 template <class T>
 LX_HOST_DEVICE constexpr int log_lanes_of_row(int vocabulary) {
     const int pieces = vocabulary / kPiece<T>;
@@ -51,7 +51,7 @@ struct LeafRows {
                 return f(static_cast<const float*>(first) + at);
         }
     }
-    // Loads logits i to i + 4 of row z; logits beyond the row are -inf.
+    // Loads logits i to i + 3 of row z; logits beyond the end of the row are -inf.
     LX_DEVICE void load_four(int z, int i, float (&v)[4]) const {
         with_row(z, [&]<class T>(const T* row) {
             if (!aligned) {
@@ -108,7 +108,7 @@ inline void declare_leaves(const Leaves& leaves, int64_t rows, int64_t n_token) 
 inline bool trans_aligned(const CircuitParams& c) {
     return aligned_16(c.trans, {c.trans_stride, c.components}, element_size(c.dtype));
 }
-// Declares the buffers of a circuit that a kernel reads.
+// Declares to the emulator the buffers of a circuit that a kernel reads.
 inline void declare_circuit(const CircuitLogits& logits, const Leaves& leaves) {
     const CircuitParams& c = logits.circuit;
     const int64_t size = element_size(c.dtype), C = c.components;

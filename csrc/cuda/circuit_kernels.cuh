@@ -1,5 +1,5 @@
-// Code shared by the circuit kernels of the training path besides the walk: stores of rows of
-// logits, and declarations of buffers.
+// Code shared by the circuit kernels of the training path, in addition to the walk: stores of rows
+// of logits, and declarations of buffers.
 #pragma once
 
 #include "circuit_walk.cuh"

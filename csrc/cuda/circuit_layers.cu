@@ -2,11 +2,12 @@
 //
 //   weights   a warp per row of weights scales the row to maximum 1, as the sum layers do
 //   leaves    transposes the values of the leaves, so that rows of data become lanes
-//   up        a block per tile of 16 lanes walks all nodes in order. It reads only values that it
-//             has written, so no block waits for another. If a node has more than 2^14 weights,
-//             and in lower precisions, stages run one after another on tensor cores
-//             (circuit_layers_{terms,product,run}.cu), with weights in 16-bit parts. The
-//             max-product of such nodes has a launch per stage here, a block per share of results
+//   up        a block per tile of 16 lanes computes all nodes in order. It reads only values that
+//             it has written itself, so no block waits for another. If a node has more than 2^14
+//             weights, and in lower precisions, stages run one after another on tensor cores
+//             instead (circuit_layers_{terms,product,run}.cu), with weights in 16-bit parts. The
+//             max-product of such circuits also uses this kernel, but with one launch per stage, in
+//             which each block computes a share of a node's results
 //
 // A product reads its terms from shared memory and its weights from L2; a thread computes one sum
 // for four lanes. Bound: the bytes of the weights from L2 per tile, and the latency of the nodes.
@@ -100,7 +101,7 @@ __global__ void __launch_bounds__(kLayerThreads, 2)
         const int64_t parts = int64_t{gridDim.z} * kGroups;
         const int64_t share = (m.units + parts - 1) / parts * kGroups;
         const int64_t first = blockIdx.z * share;
-        unsigned lost = 0;  // a bit per result, set if it must be recomputed
+        unsigned lost = 0;  // one bit per result, set if the result must be recomputed
         layer_product<kMax>(
             static_cast<const float*>(args.weight) + m.weight, m.width, 1,
             m.width % 4 == 0 && m.weight % 4 == 0, first, lx::min<int64_t>(first + share, m.units),

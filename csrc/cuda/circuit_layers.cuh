@@ -65,8 +65,8 @@ struct LayerTile {
         }
     }
     // Returns the largest term of the thread's lane. All threads of the block must call this. A
-    // barrier must separate two calls, so that `partial` has been read. layer_product ends with
-    // one, even if the block has no results.
+    // barrier must separate two calls, so that every thread has read `partial` before the second
+    // call writes it. layer_product ends with such a barrier, even if the block has no results.
     LX_DEVICE float top_of(const LayersNode& node, float* partial) const {
         const int rank = lx::thread_rank(), lane = rank % kTile;
         float top = kImpossible;
@@ -87,7 +87,7 @@ struct LayerTile {
     // Recomputes log sum_i W_i exp(l_i) of sum `o` on a lane, with terms shifted by their maximum.
     LX_DEVICE float rescued_sum(const LayersNode& node, const LayersMatrix& m, int64_t o,
                                 int lane) const;
-    // Returns the flow to term i, of log-value l, from those sums of a lane that were rescued.
+    // Returns the flow to term i, whose log-value is l, from the sums of a lane that were rescued.
     LX_DEVICE float owed_flow(const LayersNode& node, const LayersMatrix& m, int64_t i, int lane,
                               float l, float top) const;
 };
@@ -114,8 +114,8 @@ struct QuadTile : LayerTile {
             const LayersPart part = program.parts()[p];
             const LayersChild* child = program.children() + part.child_begin;
             const int count = part.child_end - part.child_begin;
-            // The loads of two children are in flight at once. If a part has one child, column 0,
-            // which contains zeros, replaces the second.
+            // The loads of two children are in flight at once. If a part has only one child, unit
+            // 0, whose values are zeros, replaces the second.
             const LayersChild one = child[0], two = count > 1 ? child[1] : LayersChild{0, 0};
             const int pairs = part.kronecker ? two.units : 1;
             const int stop = lx::min(end, part.term + one.units * pairs);
@@ -226,7 +226,8 @@ LX_DEVICE void layer_product(const float* a, int64_t am, int64_t ak, bool vector
     lx::syncthreads();  // the last chunk has been read
 }
 
-// Returns whether the forward recomputed a sum because its terms are too far below `top`.
+// Returns whether the forward pass recomputed (rescued) this sum because its terms are too far
+// below `top`.
 LX_DEVICE bool lost_sum(float top, float shift, float out) {
     return out != kImpossible && top + shift - out >= kTrustLog;
 }
@@ -243,7 +244,7 @@ LX_DEVICE LayersMatrix matrix_of_row(const LayersProgram& program, int64_t row) 
     return program.matrices()[low];
 }
 
-// Terms of a part that contain unit u of a child: u * own + k * step for k in [0, count).
+// The terms of a part that contain unit u of a child: u * own + k * step for k in [0, count).
 struct ChildTerms {
     int count, own, step;
 
@@ -300,8 +301,8 @@ LX_DEVICE float LayerTile::owed_flow(const LayersNode& node, const LayersMatrix&
     return sum;
 }
 
-// Returns the number of blocks along an axis of the grid for `items` items, which are the nodes of
-// a stage or the results of a node.
+// Returns the number of blocks along an axis of the grid for `items` items (nodes of a stage, or
+// results of a node).
 inline unsigned along_grid(int64_t items) {
     return static_cast<unsigned>(lx::min<int64_t>(items, kMaxGridY));
 }

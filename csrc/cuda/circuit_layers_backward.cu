@@ -1,8 +1,8 @@
 // Flows of all units and weights of a circuit from the flows of its roots; formulas in
 // circuit_layers.h.
 //
-//   terms     for each node, from the last to the first: ratio = g / s of each sum s of flow g, and
-//             the flows of the node's products, stored in a separate buffer
+//   terms     for each node, from the last to the first: ratio = g / s of each sum s with flow g,
+//             and the flows of the node's products, stored in a separate buffer
 //   children  a block per tile of lanes adds these flows to the units below, one product after
 //             another, so that units with several parents receive their flows in a fixed order
 //   weights   a block per tile of 32 x 32 weights iterates over the lanes in order
@@ -79,7 +79,7 @@ struct DownTile : LayerTile {
         for (int p = node.part_begin; p < node.part_end; ++p) {
             const LayersPart part = program.parts()[p];
             const float* d = at(args.terms, part.term) + lane;
-            lx::syncthreads();  // the previous part has been added
+            lx::syncthreads();  // all threads have added the previous part
             for_children(program, part, [&](const LayersChild& child, const ChildTerms& terms) {
                 for (int u = rank / kTile; u < child.units; u += kStep)
                     at(args.grad, child.column + u)[lane] += terms.sum(d, u, args.lanes);

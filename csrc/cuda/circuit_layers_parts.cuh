@@ -84,7 +84,7 @@ struct ProductSide {
     static constexpr int kBytes = kParts * kPlaneBytes;
     static constexpr int kRowStep = kProductThreads / kPieces;
     static constexpr int kCopies = kRows / kRowStep;
-    // Then the permutation of pieces is the same in all rows that a thread copies.
+    // A multiple of 8, so that the permutation of pieces is the same in all rows of a thread.
     static_assert(kRowStep % 8 == 0 && kCopies * kRowStep == kRows);
 
     const unsigned char *origin, *own;  // own: the thread's first piece of the next step
@@ -219,7 +219,7 @@ struct ProductShape {
 #pragma unroll
                     for (int p = 0; p < kParts; ++p)
                         Left::load_rows(a[t][p], left, p, warp_row() + 16 * (m + t), k);
-                // The smallest products are added first, to lose fewer bits.
+                // The smallest products are added first, which loses fewer bits.
 #pragma unroll
                 for (int below = kParts - 1; below >= 0; --below)
 #pragma unroll
@@ -281,7 +281,7 @@ template <class G>
 LX_DEVICE void finish_up(const LayersArgs& args, const LayersNode& node, const LayersMatrix& m,
                          int row0, int64_t lane0, const float* tops, const typename G::Sums& sums) {
     const LayerTile tile(args, 0);
-    unsigned lost[(G::kOwn + 31) / 32] = {};  // a bit per result, set if it must be recomputed
+    unsigned lost[(G::kOwn + 31) / 32] = {};  // one bit per result, set if it must be recomputed
 #pragma unroll
     for (int i = 0; i < G::kOwn; i += 2) {
         const int o = row0 + G::row_of(i);

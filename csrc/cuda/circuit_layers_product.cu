@@ -7,8 +7,8 @@
 //
 // with E = exp(term - its maximum) and R = flow / s of circuit_layers_terms.cu. Block (tile of
 // columns, tile of rows, node). If a result is too small for the precision of the parts, its thread
-// recomputes it in float32. The order of k does not depend on the tile, so the bits of a row do not
-// depend on its batch. Bound: tensor cores, and at 512 states the latency of a stage.
+// recomputes it in float32. The order of k does not depend on the tile, so the result of a row does
+// not depend on its batch. Bound: tensor cores, and at 512 states the latency of a stage.
 //
 // Each launch may start before the previous one ends, and may load its weights at once, because a
 // launch before the first stage has split them into parts. Results of earlier stages are read only
@@ -49,7 +49,8 @@ LX_DEVICE void finish_down(const LayersArgs& args, const LayersStage& stage, int
     const ProductNode own(args, stage, n);
     const LayerTile tile(args, 0);
     const float* flags = tile.at(args.lost, n * kNodeShares);
-    // Addresses of the thread's first result; the offsets to the others are compile-time constants.
+    // Addresses of the E and of the flow of the thread's first result. The offsets to its other
+    // results are compile-time constants.
     const int64_t first_lane = lane0 + G::column_of(0);
     const uint16_t* term_parts =
         own.term + (row0 + G::row_of(0)) * args.lanes * 3 + part_at<3>(first_lane);
@@ -79,7 +80,7 @@ LX_DEVICE void finish_down(const LayersArgs& args, const LayersStage& stage, int
     }
 }
 
-// The range of users of a matrix, which are in ascending order, that are nodes of a stage.
+// Range [begin, end) of the users of a matrix (nodes, in ascending order) that belong to a stage.
 struct Users {
     int begin, end;
 
@@ -156,11 +157,11 @@ __global__ void __launch_bounds__(kProductThreads, 2)
                      m.width - static_cast<int>(column0), lanes},
                     lanes);
             }
-            const bool first = users.end == m.user_end;  // the last stage is processed first
+            const bool first = users.end == m.user_end;  // the backward starts with the last stage
             finish_weights<G>(args, own, first, row0, static_cast<int>(column0), sums);
         }
     }
-    lx::grid_dependency_wait();  // the next grid waits for this one, not for those before
+    lx::grid_dependency_wait();  // the next grid waits only for this grid, not for earlier ones
 }
 
 template <LayersProduct kProduct, int kParts, bool kLarge>

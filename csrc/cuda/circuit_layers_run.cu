@@ -2,16 +2,17 @@
 // formulas, circuit_layers_parts.cuh the tile.
 //
 // Block (64 sums and 64 terms of every node, 32 lanes). Lanes are independent, so only blocks of
-// the same lanes wait for each other, and at most once per stage for its terms:
+// the same lanes wait for each other, at most once per stage, for the terms of that stage:
 //
 //   terms     E[i, lane] = exp(term[i] - t_b) of block b's terms, t_b their maximum: parts, to L2
 //   product   s[o, lane] = sum over b of exp(t_b - t) (sum over i of b of W[o, i] E[i, lane])
 //
 // with t the maximum of all t_b. The block then computes its values and, if term i of the next node
-// uses only sum i, as in a chain, its next terms, without waiting. Its rows of the weights stay in
-// shared memory while stages share their matrix. Terms have two buffers, so a block can write terms
-// of the next stage while another block still reads. A sum adds the blocks of terms in order, so
-// the bits of a row depend neither on its batch nor on the number of launches.
+// uses only sum i, as in a chain, its terms of the next node, without waiting. The block's rows of
+// the weights stay in shared memory while consecutive stages share a matrix. Terms have two
+// buffers, so a block can write terms of the next stage while another block still reads those of
+// this one. A sum adds the blocks of terms in order, so the result of a row depends neither on its
+// batch nor on the number of launches.
 //
 // Bound: tensor cores, and once per stage the latency of L2 for a counter and for terms.
 #include "circuit_layers_parts.cuh"
@@ -31,7 +32,8 @@ struct RunShape : ProductShape<kParts, false, true, false> {
     static constexpr int kTermBytes = kRunTerms * kRunLanes * 4;
     static_assert(Tile::kRows == kRunTerms && Tile::kColumns == kRunLanes);
 
-    // Shared memory: first the block's terms or, in a product, the ring of terms; weights; factors.
+    // Layout of shared memory: the block's terms or, during a product, the ring of terms; then the
+    // weights; then the factors.
     static constexpr int kWeightsAt = lx::max(kRingBytes, kTermBytes);
     LX_HOST_DEVICE static constexpr int blocks(int width) {
         return (width + kRunTerms - 1) / kRunTerms;
@@ -49,8 +51,8 @@ struct Run {
     int64_t tops_apart;  // distance between the two buffers of maxima, in floats
 };
 
-// Returns whether a block can compute its terms of a node without waiting: they use values of
-// earlier stages and, of the preceding node, only the block's sums with the same indices.
+// Returns whether a block can compute its terms of a node without waiting. This is so if term i
+// uses only values of earlier stages and, of the preceding node, sum i.
 LX_DEVICE bool of_own_sums(const LayersProgram& program, const LayersNode& node,
                            const LayersNode& before) {
     if (before.matrix < 0 || node.part_end - node.part_begin != 1) return false;

@@ -3,12 +3,12 @@
 //
 //   terms      E = exp(term - its maximum over the node) of each lane, once, in 16-bit parts; in
 //              the backward also R = flow / s of each sum: block (16 lanes, node, share of terms)
-//   children   adds flows of terms to the units below. All adds to a unit are by one thread, so
-//              their order is fixed without a barrier: block (16 lanes, 16 units)
+//   children   adds flows of terms to the units below. One thread performs all additions to a unit,
+//              so their order is fixed without a barrier: block (16 lanes, 16 units)
 //   owed       converts flows of weights to gradients and adds the flows of rescued sums: a block
 //              per row of a matrix
 //
-// Bound: bytes, and the latency of the maximum, which the block of every share computes.
+// Bound: bytes, and the latency of a node's maximum, which the block of every share computes again.
 #include "circuit_layers_parts.cuh"
 
 namespace lora_ext {
@@ -110,7 +110,7 @@ __global__ void __launch_bounds__(kLayerThreads, 2)
     const int rank = lx::thread_rank(), quad = rank % kQuads * 4;
     for (int64_t n = stage.begin + blockIdx.y; n < stage.end; n += gridDim.y) {
         const LayersNode node = args.program.nodes()[n];
-        lx::grid_dependency_wait();  // every block reaches this: it has a node
+        lx::grid_dependency_wait();  // every block gets here, because every block has a node
         const int first = static_cast<int>(blockIdx.z) * kGroups + rank / kQuads;
         const int step = static_cast<int>(gridDim.z) * kGroups;
         if (node.matrix < 0) {

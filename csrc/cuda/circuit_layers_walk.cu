@@ -3,8 +3,8 @@
 //
 // One launch with one warp per walk. The warp searches the nodes from the last to the first, 32 at
 // a time, for nodes that the walk has reached. Its lanes share the terms of a node and compute them
-// twice: for their maximum, and for the sums of a draw. Walks are independent. Bound: 32 bytes (a
-// sector) from L2 for each value of a term, and the latency of consecutive nodes.
+// twice: for their maximum, and for the sums of a draw. Walks are independent. Bound: 32 bytes (one
+// sector) from L2 for each value that a term contains, and the latency of one node after another.
 #include "circuit_decode.cuh"
 #include "circuit_layers.cuh"
 
@@ -99,7 +99,7 @@ __global__ void __launch_bounds__(kWalkWarps * 32, 4)
     for (int64_t end = args.program.num_nodes(); end > 0;) {
         const int64_t n = end - 1 - walk.lane;
         const int at = n >= 0 ? walk.chosen(n) : -1;
-        lx::syncwarp();  // all lanes have read before any lane writes
+        lx::syncwarp();  // all lanes have read the units before any lane writes one
         const unsigned reached = lx::ballot_sync(lx::kFullMask, at >= 0);
         if (!reached) {
             end -= lx::kWarpSize;

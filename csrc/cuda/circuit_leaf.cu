@@ -1,10 +1,10 @@
 // Leaves of circuits: e = log softmax(logits)[x] of each row of V logits, and the backward pass,
 // dlogit[v] = de (1[v = x] - softmax(logits)[v]). Logits (B, K, C, V); x (B, K); e, de (B, K, C).
 //
-// Forward, a group of lanes per row of V logits, as many as in decoding kernels, so that a lane has
-// a few loads; backward, a warp per row. A lane loads 16 bytes at a time. Maximum and sum are kept
-// online, so the logits are read once. The gradient is written once; if de is zero, the logits are
-// not read. Bound: bytes of the logits, forward once, backward twice.
+// Forward: a group of lanes per row of V logits, as many lanes as in the decoding kernels, so that
+// each has a few loads. Backward: a warp per row. A lane loads 16 bytes at a time. Maximum and sum
+// are updated online, so the logits are read once. The gradient is written once; if de is zero, the
+// logits are not read. Bound: bytes of the logits, forward once, backward twice.
 #include "circuit_decode.cuh"
 
 namespace lora_ext {
@@ -21,7 +21,7 @@ constexpr int kMinBlocks = 8;
 #endif
 constexpr int kMinBlocksBackward = 5;
 
-// A row of V logits, and its token: kNoToken if there is no valid one, kNoRow beyond the last row.
+// A row of V logits, and its token: kNoToken if the token is invalid, kNoRow beyond the last row.
 constexpr int kNoToken = -1, kNoRow = -2;
 struct LeafRow {
     unsigned index;      // of the row of logits
@@ -49,7 +49,7 @@ __global__ void __launch_bounds__(kWarps * 32, kMinBlocks)
     if (row.token >= 0)
         for_pieces<kBatch>(logits, static_cast<int>(args.vocab), aligned, lane, lanes,
                            [&](int, const auto& v) { mine.add(v); });
-    const Norm norm = norm_of(mine, lanes);  // on all lanes of the warp, which exchange their sums
+    const Norm norm = norm_of(mine, lanes);  // called by all lanes of the warp: it exchanges sums
     if (lane != 0 || row.token == kNoRow) return;
     const bool given = row.token != kNoToken;
     static_cast<float*>(args.e)[row.at] =
@@ -94,7 +94,7 @@ template <class Launch>
 LaunchStatus run(const CircuitLeafArgs& args, Launch&& launch) {
     const int64_t per_row = args.n_token * args.components, count = args.rows * per_row;
     if (count == 0) return 0;
-    // Row numbers have 32 bits, those of lanes beyond the last row included.
+    // Row numbers have 32 bits, including the numbers that lanes beyond the last row compute.
     if (count > UINT32_MAX - 1024 || args.vocab > INT32_MAX - 1024) return kInvalidValue;
     declare_batch(args.logits, args.rows, per_row * args.vocab * element_size(args.dtype),
                   args.logits_stride * element_size(args.dtype), lx::Access::kConstant);

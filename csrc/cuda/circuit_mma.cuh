@@ -106,7 +106,7 @@ template <bool kHigh>
 LX_DEVICE float mma_result(const float (&acc)[kWarpTiles][4], int i) {
     return kHigh ? acc[i / 4][i % 4] : acc[i / 4][i % 4] * 0x1p-28f;
 }
-// Returns the smallest sum of n terms that is accurate; smaller sums are recomputed.
+// Returns the bound above which a sum of n terms is accurate; smaller sums are recomputed.
 template <bool kHigh>
 LX_DEVICE float mma_trusted(int n) {
     return kHigh ? kSumTrusted : static_cast<float>(n) * 0x1p-28f;

@@ -104,7 +104,7 @@ LX_DEVICE float posterior_of(const Walk& walk, const float* cur, float* state) {
 }
 
 // Calls run_norms and then f<P, Team>(leaves, aligned) with the types of these logits. declare()
-// must declare those buffers of the kernel that do not belong to the circuit.
+// must declare the kernel's buffers that are not part of the circuit.
 template <class Declare, class F>
 LaunchStatus with_circuit(const CircuitLogits& logits, const int64_t* last, void* stream,
                           Declare&& declare, F&& f) {

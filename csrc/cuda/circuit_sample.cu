@@ -1,8 +1,9 @@
-// A window drawn from a circuit: one launch, a block per row of the batch. At a position
+// A window drawn from a circuit: one launch, a block per row of the batch. At each position k
 //   state ~ softmax(cur), token ~ softmax(leaf[k, state]), e[z] = leaf[k, z, token] - norm[k, z]
-// A row of logits is read once for its norm; C words and one row of each position are read again,
-// from cache. See circuit_row.cuh for the team that walks. Bound: one multiprocessor reads the
-// logits of one row of the batch, then takes K short dependent steps.
+// A row of logits is read once for its norm. Of each position, the row of the drawn state and the C
+// logits of the drawn token are read again, from cache. See circuit_row.cuh for the team that
+// walks. Bound: one multiprocessor reads the logits of one row of the batch, then takes K short
+// steps, each of which needs the result of the previous one.
 #include "circuit_row.cuh"
 
 namespace lora_ext {

@@ -87,7 +87,7 @@ template <class P, class Team>
 struct CircuitReverse {
     const CircuitScanArgs& args;
     const CircuitParams& c;
-    CircuitWalk<P, Team> walk;  // its `vectors` contain dup and dcur of each level here
+    CircuitWalk<P, Team> walk;  // here its `vectors` contain dup and dcur of each level
     int64_t row;
     int n;
     const float *e, *states;
@@ -159,7 +159,7 @@ struct CircuitReverse {
             q[z] = u == kImpossible ? 0 : lost ? du[z] : du[z] / weight;
         });
     }
-    // Y and X from p = P[z, z'] and its logarithm, log_p().
+    // Return Y[z, j] and X[z, j] from p = P[z, j] and its logarithm, log_p().
     template <class F>
     LX_DEVICE float y_at(int z, int j, float p, F&& log_p) const {
         if (walk.u[z] == kNotExact) return q[z] * p * up_weight[j];
@@ -269,8 +269,9 @@ struct CircuitReverse {
             walk.team.sync();
     }
 
-    // Level l of the path to position k has two vectors, at vectors + 2 l n: dup, the gradient of
-    // its up, and dcur, the accumulated gradient of its cur.
+    // Level l of the path to position k has two vectors, at vectors + 2 l n: first dup, the
+    // gradient of the level's up, then dcur, the accumulated gradient of its cur (see run_tree of
+    // the walk).
     LX_DEVICE void tree() {
         const CircuitNode root{0, c.n_token, -1};
         const auto dup_at = [&](int level) { return walk.vectors + 2 * level * n; };

@@ -1,5 +1,6 @@
-// The walk of a circuit from left to right for all kernels: one template for all kinds, with a
-// functor per position. csrc/cpu/circuit_walk.h is the vectorised CPU counterpart.
+// The walk through a circuit from left to right, for all kernels: one template for all kinds of
+// circuits, which calls a functor at each position. csrc/cpu/circuit_walk.h is the vectorised CPU
+// counterpart.
 //
 // A team walks one row of the batch: a warp for up to 32 states, a block for more. Thread i of a
 // team of size s owns the states i, i + s, ... of every vector. It reads a matrix in two ways:
@@ -7,12 +8,12 @@
 //   first the rows of its states       for the normalisers, and for projections up the tree,
 //   then the columns of its states     for the step log sum_z exp(cur[z]) softmax(a[z])[z'].
 //
-// The sums therefore need no exchange between threads, and the second read of a matrix hits L1. In
-// a step, a lane of a warp stores the probabilities of its row to shared memory, and then sums its
-// column of them.
-// Bound: the bytes of the matrices, read once from memory. A sum below kTrusted may have lost terms
-// to underflow, at most 2^-126 each, which is 2^-36 of a trusted sum; its owner recomputes it as
-// log-sum-exp of exact logarithms.
+// The sums therefore need no exchange between threads, and the second read of a matrix hits L1. If
+// a warp walks, in a step each lane stores the probabilities of its row to shared memory, and then
+// sums one column of them.
+// Bound: the bytes of the matrices, read once from memory. A sum may lose terms to underflow, at
+// most 2^-126 each, which is 2^-36 of a sum above kTrusted. If a sum is below kTrusted, its owner
+// recomputes it as log-sum-exp of exact logarithms.
 //
 // Vectors are in shared memory and may be read by the whole team after it has synchronised; every
 // function here synchronises before it returns. Control flow around synchronisation depends only on
@@ -99,7 +100,8 @@ LX_DEVICE void unpack_piece(uint4 words, float (&v)[kPiece<T>]) {
 // Calls f(index, values) for pieces `first`, `first + step`, ... of n elements; values beyond n are
 // -inf. If `aligned`, p is aligned to 16 bytes, n is a multiple of a piece, and kBatch pieces are
 // in flight at once: beyond the end a lane reloads the first piece of its batch without calling f.
-// No lane loads a piece of another lane, so f may overwrite its elements in memory.
+// No lane loads a piece of another lane, so f may overwrite the elements that it receives in
+// memory.
 template <int kBatch = 4, class T, class F>
 LX_DEVICE void for_pieces(const T* p, int n, bool aligned, int first, int step, F&& f) {
     constexpr int kSize = kPiece<T>;
@@ -381,7 +383,8 @@ struct CircuitWalk {
     //                                returns e[z] = log p(x_k | z), in any memory;
     //   save(slot, vector)           receives the vectors for the backward pass: cur of position k
     //                                in slot k or, in the tree, three vectors for each matrix m:
-    //                                cur after m in 3m, up in 3m + 1, its projection in 3m + 2.
+    //                                cur after m in slot 3m, up in 3m + 1, projection of up in 3m +
+    //                                2.
     //
     // The whole team calls both functions, each thread for the states that it owns.
     template <class Observe, class Save>
@@ -413,7 +416,8 @@ struct CircuitWalk {
         }
     }
 
-    // Level l of the path to position k has two vectors, first cur, at vectors + 2 l n, then up.
+    // Each level l of the path to position k has two vectors at vectors + 2 l n: first cur, then
+    // up.
     template <class Observe, class Save>
     LX_DEVICE void run_tree(Observe&& observe, Save&& save) const {
         const CircuitNode root{0, c.n_token, -1};

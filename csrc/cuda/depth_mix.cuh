@@ -12,7 +12,8 @@ constexpr int kHeld = 2;          // pieces of 16 bytes of a row per thread
 constexpr int kMixWarps = kMixThreads / lx::kWarpSize;
 
 // Sums over a block, in a fixed order, returned to every thread. Calls alternate between two
-// buffers, so each needs only one barrier: the call between two uses of a buffer has another.
+// buffers. Each call therefore needs only one barrier: before a buffer is reused, the barrier of
+// the call in between has ensured that all threads have read it.
 template <int kMost>
 class BlockSums {
   public:
@@ -178,7 +179,7 @@ inline unsigned mix_threads(const DepthMixArgs& args) {
                                  lx::kWarpSize);
 }
 
-// Declares the buffers that all kernels read.
+// Declares to the emulator the buffers that all kernels of mixes read.
 inline void declare_mix(const DepthMixArgs& args) {
     const int64_t size = element_size(args.dtype);
     [[maybe_unused]] const int64_t scale = args.wide_scales ? 4 : size;

@@ -3,8 +3,9 @@
 // A block processes one hidden state of a part (a range of rows), row after row. A thread holds two
 // pieces of g and h of a row while it loads those of the next row. Its shares of dgamma and dbeta
 // stay in registers until the part ends. Each hidden state is thus read once and its gradient
-// written once. g is read once per hidden state, mostly from L2, since these blocks run
-// concurrently. Bound: these bytes. A last kernel adds the parts in order.
+// written once. g is read once per hidden state, mostly from L2, since the blocks of different
+// hidden states run concurrently. Bound: bytes of h, g and dh. A last kernel adds the parts in
+// order.
 //
 // A router needs all dw of a row before the gradient of n_{k-1} is known. For the last hidden state
 // the first launch therefore computes only dw, and a second launch the other gradients. A third
@@ -38,8 +39,8 @@ LX_DEVICE float* partial_of(const DepthMixArgs& args) {
     return static_cast<float*>(args.partial) + blockIdx.x * mix_sums(args);
 }
 
-// Converts the gradients of one row's weights to gradients of the router's logits. Writes them to
-// dl, in shared memory, and then, after a barrier, over the gradients of the weights.
+// Converts the gradients of one row's weights to gradients of the router's logits. Writes the
+// result to dl, in shared memory, and after a barrier also over the gradients of the weights.
 LX_DEVICE void turn_to_logits(const DepthMixArgs& args, int64_t row, float* dl) {
     const int own = lx::thread_rank();
     float mine = 0, mean = 0;
@@ -54,7 +55,8 @@ LX_DEVICE void turn_to_logits(const DepthMixArgs& args, int64_t row, float* dl) 
     if (own < args.depths) number_of(args, args.dweights, row, own) = mine;
 }
 
-// Numbers of a row, for dh = factor t - slope (h - mean) - level, t = gamma * gradient of n_e.
+// Numbers of a row from which dh = factor t - slope (h - mean) - level is computed, where t = gamma
+// * (gradient of n_e).
 struct RowNumbers {
     float weight, rinv, mean;
 
@@ -103,7 +105,7 @@ __global__ void __launch_bounds__(kMixThreads, 1)
             next = load(lx::min(row + 1, task.end - 1), next_g, next_h);
         }
 
-        // G, the gradient of n_e. Without a router it does not yet include the factor w_e.
+        // G, the gradient of n_e; without a router, the factor w_e is applied later.
         float up[kHeld][P];
 #pragma unroll
         for (int i = 0; i < kHeld; ++i) now_g.unpack(i, columns, up[i]);

@@ -12,10 +12,10 @@ namespace {
 
 constexpr int kDecodeTokens = 256;
 
-// Returns the splits of the sum for large ranks at prefill: enough for 198 blocks, 1.5 for each
-// multiprocessor of an H100. A multiprocessor holds two blocks, so many more blocks would need a
-// second wave. The number is the same for every device, because the splits determine the bits of
-// the result.
+// Returns the splits of the sum for large ranks at prefill. There are enough splits for 198 blocks,
+// that is, 1.5 for each multiprocessor of an H100. A multiprocessor holds two blocks, so many more
+// blocks would need a second wave. The number of splits is the same for every device, because it
+// determines the bits of the result.
 SumOrder gemm_order(const LoraArgs& args) {
     const int64_t in = args.bank.in_features;
     const int64_t tiles = ceil_div(args.num_tokens, lora_chunk_rows(args.num_tokens)) *
@@ -49,9 +49,9 @@ Partials partials(const LoraArgs& args) {
             scaled && !has_factors(args)};
 }
 
-// Returns whether the splits of v are summed before expand. At prefill, each block of 512 outputs
-// reads all splits; if they take more than about 16 MB, it is faster to sum them first (estimated).
-// The result is the same.
+// Returns whether the splits of v are summed in a separate launch before expand. At prefill, each
+// block of 512 outputs reads all splits; if these take more than about 16 MB, it is faster to sum
+// them first (estimated). The result is bitwise the same.
 bool sums_splits_first(const LoraArgs& args, const Partials& v) {
     const int64_t again = ceil_div(args.bank.out_features, 512) - 1;
     if (large_rank(args.bank)) return !v.scaled;
@@ -94,8 +94,8 @@ bool adds_nothing(const LoraArgs& args) {
 }
 
 // Returns whether a module may share launches with siblings. Prefill and large ranks use separate
-// launches, since their blocks fill the machine. Unaligned modules do too, since their kernels have
-// no spare registers.
+// launches, since their blocks fill the machine. Unaligned modules also use separate launches,
+// since their kernels have no spare registers.
 bool shares_launches(const LoraArgs& args) {
     return is_decode(args) && !large_rank(args.bank) && shrink_aligned(args) &&
            expand_aligned(args);
@@ -179,7 +179,8 @@ int32_t rank_of(const LoraBank& bank, int slot) {
     return bank.ranks ? lx::min(lx::max(bank.ranks[slot], 0), bank.max_rank) : bank.max_rank;
 }
 
-// Calls f(address of a page's first element, number of the page's ranks that the adapter has).
+// Calls f(address, ranks) for each page: the address of its first element, and how many of the
+// page's ranks the adapter uses.
 template <class F>
 void for_each_page(const LoraBank& bank, const void* base, int64_t slot_stride, int64_t page_stride,
                    int64_t size, F&& f) {

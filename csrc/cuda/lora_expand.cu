@@ -3,11 +3,11 @@
 // Block (tile, range of outputs, module). A warp owns 16 rows of one adapter and 32 outputs at a
 // time: v is operand A of mma, the rows of the B pages are operand B, loaded as in lora_tile.cuh.
 // Columns are numbered so that a lane holds 8 adjacent outputs of rows g and g + 8; y is read and
-// written once, 16 bytes per access. Loads are issued a step or a product ahead, so that a turn of
-// a loop waits for memory once. Decode: the warps of a block share 16 rows and divide the outputs;
-// two memory round trips (find_tile) precede the first byte of B. Prefill: the warps divide the
-// rows of a chunk, and all but the first read B from L1; in a short chunk they also divide the
-// outputs. Bound: bytes of the B pages (decode), of y (prefill).
+// written once, 16 bytes per access. Loads are issued a step or a product ahead, so that an
+// iteration of a loop waits for memory once. Decode: the warps of a block share 16 rows and divide
+// the outputs; two memory round trips (find_tile) precede the first byte of B. Prefill: the warps
+// divide the rows of a chunk, and all but the first read B from L1; in a short chunk they also
+// divide the outputs. Bound: bytes of the B pages (decode), of y (prefill).
 #include "lora_expand.cuh"
 
 namespace lora_ext {
@@ -56,7 +56,8 @@ __global__ void __launch_bounds__(kWarpsM * kWarpsN * 32, kMinBlocks<T, kAligned
     const RowTile tile = find_tile<kRows>(args, tiling, static_cast<int>(blockIdx.x), row_of, also);
     // The last blocks of a small sibling have no work: the grid covers the largest sibling.
     if (tile.rank == 0 || (kModules > 1 && begin >= bank.out_features)) {
-        lx::grid_dependency_wait();  // the next grid waits only for this one, not for its producer
+        // No work, but wait anyway: the next grid waits for this grid, not the one that wrote v.
+        lx::grid_dependency_wait();
         return;
     }
     static_assert(kFusedPages == lx::kWarpSize);
@@ -96,11 +97,12 @@ __global__ void __launch_bounds__(kWarpsM * kWarpsN * 32, kMinBlocks<T, kAligned
     int o = begin + work.warp_n * kWarpOutputs;
     T* y_at[2] = {work.y_row[0] + o, work.y_row[1] + o};
 
-    // One block of ranks, and each lane has all ranks of its 16 bytes or none: two steps take
-    // turns. While one is multiplied and stored, the loads of the other are under way, and each
-    // asks for the step after the other as soon as it has used its registers. Nothing is copied or
-    // masked: a lane without ranks never loads B, and its registers stay zero. (float32 has no
-    // registers for two steps.)
+    // If there is one block of ranks, and each lane has all ranks of its 16 bytes or none, two sets
+    // of registers (even, odd) alternate. While the step in one set is multiplied and stored, the
+    // loads of the next step into the other set are in flight. As soon as a set has been used, the
+    // loads of the step after the next start to fill it. Nothing is copied or masked: a lane
+    // without ranks never loads B, and its registers stay zero. (float32 has too few registers for
+    // two sets.)
     if constexpr (kAligned && sizeof(T) == 2) {
         if (work.blocks == 1 && work.found.rank % kVec<T> == 0) {
             const T* const own_page = work.page(0);
@@ -127,9 +129,9 @@ __global__ void __launch_bounds__(kWarpsM * kWarpsN * 32, kMinBlocks<T, kAligned
             }
         }
     }
-    // Otherwise a step has a product per block of ranks. During each product, the next one's B is
-    // loaded, and during a step's last product its y. The copy that both wait for sets the ranks to
-    // zero that the adapter does not have.
+    // Otherwise a step has one product per block of ranks. During each product, the B of the next
+    // product is loaded, and during the last product of a step also the step's y. keep_own then
+    // waits for these loads, and replaces ranks that the adapter does not have by zero.
     work.keep_own(even.b, even.b, 0);
 #pragma unroll 1
     for (; o < end; o += stride) {
@@ -165,8 +167,9 @@ LaunchStatus launch_expand(std::span<const Module> modules, int outputs, bool de
                     static_cast<unsigned>(modules.size()));
     const int fragments = fragment_bytes<T, kRows>(
         static_cast<int>(largest(modules, [](const LoraBank& bank) { return bank.max_rank; })));
-    // With this minimum, five decode blocks use as much shared memory as four of shrink: 37 KiB. A
-    // multiprocessor configured for one kernel can then run the other without draining first.
+    // With kDecodeShared as the minimum, five decode blocks use as much shared memory as four
+    // blocks of shrink, about 37 KiB with static and reserved memory. A multiprocessor then need
+    // not finish the blocks of one kernel, to change its configuration, before it runs the other.
     const int bytes = lx::max(fragments, kWarpsM == 1 ? kDecodeShared : 0);
     constexpr int kThreads = kWarpsM * kWarpsN * 32;
     const Modules<kModules> all(modules);
@@ -178,11 +181,11 @@ LaunchStatus launch_expand(std::span<const Module> modules, int outputs, bool de
                            grid, kThreads, bytes, stream, all, tiling(args, kRows), outputs);
 }
 
-// Returns the outputs per block at decode. Blocks run in waves of as many as fit on the device at
-// once; a block takes about kHead steps before its warps' first step, and each warp has a step per
-// 128 outputs. A plan has entries for batches of many adapters, so the choice is the one with the
-// least time for such a batch and for one of a single adapter together. It does not change the bits
-// of an output.
+// Returns the outputs per block at decode that minimize an estimated time. A wave consists of all
+// blocks that fit on the device at once. The start of a block takes about as long as kHead steps,
+// and then each warp has one step per 128 outputs. The grid has a block for each entry that a plan
+// may have, so the time is the sum for two batches: one of as many adapters as possible and one of
+// a single adapter. The choice does not change the bits of an output.
 int decode_outputs(std::span<const Module> modules, int blocks_per_multiprocessor) {
     constexpr int kHead = 4, kStep = 128;
     const LoraArgs& args = modules[0].args;
@@ -214,11 +217,11 @@ LaunchStatus run_expand(std::span<const Module> modules, bool dependent, void* s
         declare_common(each);
         declare_b(each);
         declare_v(each, partials, lx::Access::kRead);
-        // expand reads y, the plan and its bank before it waits for its producer. This is safe
-        // because shrink is not a dependent launch, or waits before it lets expand start: every
-        // earlier writer has ended, and shrink and reduce write v alone. If shrink waited later, y
-        // might be incomplete, which the emulator would report for two consecutive calls that add
-        // to the same y.
+        // expand reads y, the plan and its bank before it waits for the kernel that writes v. This
+        // is safe because shrink either is not a dependent launch, or waits before it lets expand
+        // start. In both cases every earlier writer has ended, and shrink and reduce write only v.
+        // If shrink waited later, y might be incomplete; the emulator would report this for two
+        // consecutive calls that add to the same y.
         if (dependent)
             LX_BUF_ROWS(each.y, each.num_tokens, each.bank.out_features * size,
                         each.y_row_stride * size, lx::Access::kConstant);
@@ -227,7 +230,8 @@ LaunchStatus run_expand(std::span<const Module> modules, bool dependent, void* s
     }
     if (large_rank(bank)) return run_gemm_expand(args, modules[0].v, dependent, stream);
     return with_dtype(args.dtype, [&]<class T>() {
-        // Decode needs enough blocks to fill the machine; prefill, many outputs per fragment of v.
+        // Decode needs enough blocks to fill the machine. Prefill needs many outputs per block, so
+        // that each fragment of v is used many times.
         const int chunk_rows = lora_chunk_rows(args.num_tokens);
         const auto few = [&](int blocks) {
             return chunk_rows == 16 ? decode_outputs(modules, blocks) : 256;

@@ -8,7 +8,8 @@ namespace lora_ext {
 constexpr int kWarpOutputs = 32;
 
 // Eight adjacent outputs of one row of y. kEarly: the load precedes the wait for the previous
-// kernel. Only after it does PTX promise results of earlier kernels in L1, so it reads L2.
+// kernel. PTX guarantees that L1 shows the results of earlier kernels only after this wait, so an
+// early load reads from L2.
 template <class T, bool kAligned>
 struct Outputs {
     static constexpr int kLoads = 8 / kVec<T>;
@@ -60,7 +61,7 @@ struct Outputs {
     }
 };
 
-// The tile of a block, as all its lanes read it from shared memory.
+// The tile of a block. It is in shared memory, from which all lanes read it.
 struct Found {
     int rows, rank;
     unsigned pages;  // bit i is set if page i has ranks of the adapter and exists in memory
@@ -73,9 +74,9 @@ struct Loads {
     Outputs<T, kAligned> y[2];
 };
 
-// What a lane has to know for its loads, products and stores. It is built twice: for the loads
-// before the wait, and again from shared memory after the fragments, so that it takes no registers
-// while the splits of v are summed.
+// Addresses and counts that a lane needs for its loads, products and stores. They are computed
+// twice: for the loads before the wait, and again from shared memory once the fragments are built,
+// so that they take no registers while the splits of v are summed.
 template <class T, bool kAligned, int kWarpsM, int kWarpsN>
 struct Lane {
     const LoraArgs& args;
@@ -89,13 +90,13 @@ struct Lane {
     int warp_m, warp_n;
     int stride;    // outputs from a step of the warp to its next one
     T* y_row[2];   // output 8 t of rows g and g + 8
-    int y_end[2];  // a step at o has outputs for this lane in row g + 8 h if o < y_end[h]
+    int y_end[2];  // the step at output o has outputs of this lane in row g + 8 h if o < y_end[h]
 
     LX_DEVICE Lane(const LoraArgs& args, const Found& found, int end, const T* const* page_of,
                    const int32_t* row_of)
         : args(args), page_of(page_of), found(found), end(end) {
-        // The warps along the rows are the smallest power of two that covers the row tiles; the
-        // other factor of the warps divides the outputs.
+        // The number of warps along the rows is the smallest power of two that covers the tile's
+        // rows; the remaining factor of the number of warps divides the outputs.
         int log_m = 0;
         while ((1 << log_m) < kWarpsM && (kTileRows << log_m) < found.rows) ++log_m;
         warp_m = lx::warp_id() & ((1 << log_m) - 1), warp_n = lx::warp_id() >> log_m;
@@ -110,24 +111,25 @@ struct Lane {
         }
     }
     LX_DEVICE static int rank_of(int block, int t) { return block * kBlockRanks<T> + t * kVec<T>; }
-    // Returns how many ranks of the adapter follow this lane's first one of a block, that one
-    // included; none if not positive.
+    // Returns the number of the adapter's ranks from this lane's first rank of the block on. If it
+    // is not positive, the lane has no ranks in the block.
     LX_DEVICE int ranks(int block) const {
         const int rank = rank_of(block, t);
         return found.pages >> rank / kPageRanks & 1 ? found.rank - rank : 0;
     }
-    // Returns the address of this lane's ranks of output 0; if there are none, another valid one.
+    // Returns the address of this lane's ranks of output 0, or another valid address if the lane
+    // has no ranks.
     LX_DEVICE const T* page(int block) const {
         const int rank = rank_of(block, t);
         return page_of[ranks(block) > 0 ? rank / kPageRanks : lx::ffs(found.pages) - 1] +
                rank % kPageRanks;
     }
-    // Returns the address of an output's ranks. Beyond the last output it is that of the last.
+    // Returns the address of an output's ranks; for an output beyond the last, that of the last.
     LX_DEVICE const T* b_row(const T* page, int o, int j) const {
         const int output = lx::min(o + first_output + 2 * j, end - 1);
         return row_at<kAligned>(page, output, args.bank.b_row_stride);
     }
-    // Loads the B of a step whether or not the lane has ranks of the block.
+    // Loads the B of a step, even if the lane has no ranks in the block.
     LX_DEVICE void load_b(uint4 (&b)[4], int block, int o) const {
         const T* const at = page(block);
 #pragma unroll
@@ -147,14 +149,15 @@ struct Lane {
             if (own) b[j] = lx::load_global(reinterpret_cast<const uint4*>(row));
         }
     }
-    // Copies b with zeros for ranks that the adapter does not have.
+    // Copies b to `own`, with zeros for ranks that the adapter does not have.
     LX_DEVICE void keep_own(uint4 (&own)[4], const uint4 (&b)[4], int block) const {
         const uint4 mask = keep_elements<T>({~0u, ~0u, ~0u, ~0u}, ranks(block));
 #pragma unroll
         for (int j = 0; j < 4; ++j)
             own[j] = {b[j].x & mask.x, b[j].y & mask.y, b[j].z & mask.z, b[j].w & mask.w};
     }
-    // Loads the y of the step at o, `ahead` elements after y_at. Missing values keep theirs.
+    // Loads the y of the step at output o, `ahead` elements after y_at. The registers of outputs
+    // that do not exist keep their values.
     template <bool kEarly = false>
     LX_DEVICE void load_y(Outputs<T, kAligned> (&y)[2], T* const (&y_at)[2], int ahead,
                           int o) const {
@@ -179,7 +182,7 @@ struct Lane {
             }
         }
     }
-    // Adds the products of the step at o to its y, and stores the sums at y_at.
+    // Adds the products of the step at output o to its y, and stores the sums at y_at.
     LX_DEVICE void store_y(const Outputs<T, kAligned> (&y)[2], T* const (&y_at)[2],
                            const float (&acc)[4][4], const float* unscale, int o) const {
 #pragma unroll

@@ -1,8 +1,9 @@
 // Fragments of v, the operands of mma that the warps of an expand read from shared memory.
 //
 // v is float32. For 16-bit types it is split into high + low: two products, which keep 16 bits of v
-// (bfloat16) or 22 (float16). float16 rows are first scaled to [2^14, 2^15) by a power of two, so
-// that a large v does not overflow and a small one does not lose its low part.
+// (bfloat16) or 22 (float16). With float16, the largest entry of each row is first scaled to
+// [2^14, 2^15) by a power of two, so that a large v does not overflow and a small v does not lose
+// its low part.
 #pragma once
 
 #include "lora_kernels.cuh"
@@ -31,8 +32,8 @@ LX_DEVICE uint4* fragment(unsigned char* fragments, int blocks, int tile, int bl
            (((tile * blocks + block) * kParts<T> + part) * 2 + half) * 32;
 }
 
-// Sums the splits of v, scales them, stores fragments. unscale[row] undoes the row's power of two.
-// kFactors: pages and rows have their own factors, instead of `scale`.
+// Sums the splits of v, scales the sums and stores them as fragments. unscale[row] is the inverse
+// of the row's power of two. kFactors: pages and rows have separate factors, instead of `scale`.
 template <class T, int kRows, bool kFactors>
 LX_DEVICE void build_fragments(const LoraArgs& args, const Partials& v, const RowTile& tile,
                                float scale, const int32_t (&row_of)[kRows],
@@ -46,7 +47,7 @@ LX_DEVICE void build_fragments(const LoraArgs& args, const Partials& v, const Ro
         lx::syncthreads();
     }
     // Item (row, block, t): the ranks of one row and block that lane t of four loads. A thread
-    // stores a quad of ranks at a time: an item of float32, or half of a 16-bit item.
+    // stores four ranks (a quad) at a time: a whole item of float32, or half of a 16-bit item.
     constexpr unsigned kHalves = kVec<T> / 4;
     struct Quad {
         int row, block, t, half;
@@ -86,7 +87,7 @@ LX_DEVICE void build_fragments(const LoraArgs& args, const Partials& v, const Ro
         const Quad quad = quad_of(number);
         const int row = quad.row;
         const int rank = quad.block * kBlockRanks<T> + quad.t * kVec<T> + quad.half * 4;
-        // For a missing row or rank, the tile's first row and rank are read instead.
+        // For a missing row or rank, the first row or rank of the tile is read instead.
         const int n = row < tile.rows ? tile.rank - rank : 0;
         const float* p = v.data + row_of[n > 0 ? row : 0] * v.row_stride + (n > 0 ? rank : 0);
         float value[4] = {};

@@ -6,12 +6,12 @@
 //   kExpand    y[t, :]  = round(y[t, :] + b[s] v[t, :])              columns are outputs
 //   kInput     dx[t, :] = round(dx[t, :] + mask * (dv[t, :] a[s]))   columns are in-features
 //
-// One kernel, four kinds: left (x, dy, v or dv, its rows gathered through the plan) times right (a
-// or b). Block (16, 64 or 128 rows of one adapter, 128 columns), four warps of up to 64 x 64. A
-// stage holds 128 bytes of each row of left and the corresponding k of right. cp.async fills a ring
-// of stages of at most 96 KiB, so that two blocks fit a multiprocessor and one fits any device.
-// Ranks are iterated over or divided like any other axis: no array in registers or shared memory
-// grows with the rank, and a block stops at the adapter's rank.
+// One kernel template has four variants: left (x, dy, v or dv, its rows gathered through the plan)
+// times right (a or b). Block (16, 64 or 128 rows of one adapter, 128 columns), four warps of up to
+// 64 x 64. A stage holds 128 bytes of each row of left and the corresponding k of right. cp.async
+// fills a ring of stages of at most 96 KiB, so that two blocks fit a multiprocessor and one fits
+// any device. Ranks are iterated over or divided like any other axis: no array in registers or
+// shared memory grows with the rank, and a block stops at the adapter's rank.
 //
 // Right has the same layout in shared memory as in global memory: column by column (a for kShrink,
 // b for kExpand), or k by k (kProject, kInput), transposed by ldmatrix.trans. 16-byte pieces are
@@ -21,9 +21,9 @@
 //   bfloat16   v = high + low, two m16n8k16
 //   float16    right as floats, exact in tf32; v = high + low in tf32: any magnitude of v
 //
-// The products of an element are added in the order of k, to one sum for each slice of k, and the
-// slices in order. The result therefore depends neither on the tile nor on the other rows of the
-// batch.
+// The products of an element are added in the order of k to one sum per slice of k, and then the
+// sums of the slices are added in order. The result therefore depends neither on the tile nor on
+// the other rows of the batch.
 #pragma once
 
 #include "lora_gemm_tile.cuh"
@@ -64,7 +64,7 @@ __global__ void __launch_bounds__(kGemmThreads, (GemmShape<T, kProduct, kRows>::
     const int first_column = index / args.row_tiles * kGemmColumns;
     const int columns = lx::min((G::kUpdate ? args.width : tile.rank) - first_column, kGemmColumns);
     if (tile.rank == 0 || columns <= 0) {
-        // The next grid waits only for this one, so this one must wait for its producer.
+        // No work, but wait anyway: the next grid waits for this grid, not the one that wrote v.
         if constexpr (kProduct == Product::kExpand) lx::grid_dependency_wait();
         return;
     }
@@ -149,7 +149,8 @@ __global__ void __launch_bounds__(kGemmThreads, (GemmShape<T, kProduct, kRows>::
                 return Piece<T>{from + i * kRowStep * bank.b_row_stride, row < columns ? n : 0};
             });
         } else {
-            // Only training takes this branch: a and b are plain tensors, with constant strides.
+            // Only training takes this branch. There a and b are ordinary tensors, not pages of a
+            // pool, and have constant strides.
             constexpr bool kOfB = kProduct == Product::kProject;
             const int n = columns - element, k = k0 + first_row;
             const int64_t stride = kOfB ? bank.b_row_stride : bank.a_row_stride;

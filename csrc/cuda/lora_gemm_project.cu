@@ -5,8 +5,8 @@ namespace lora_ext {
 namespace {
 
 // Computes v[t, j] = c * sum of the splits. v may overlap the splits, because a warp writes an
-// element only after it has read its splits. Block: 16 rows of one adapter, 128 ranks. The loads of
-// up to eight splits of an element are in flight together.
+// element only after it has read the splits of this element. Block: 16 rows of one adapter, 128
+// ranks. The loads of up to eight splits of an element are in flight together.
 __global__ void __launch_bounds__(kGemmThreads)
     lora_gemm_reduce_kernel(const __grid_constant__ LoraArgs args,
                             const __grid_constant__ Tiling tiling,
@@ -16,7 +16,7 @@ __global__ void __launch_bounds__(kGemmThreads)
     const RowTile tile = find_tile<kTileRows>(args, tiling, static_cast<int>(blockIdx.x), row_of);
     const int first = static_cast<int>(blockIdx.y) * kGemmColumns;
     if (tile.rank <= first) {
-        lx::grid_dependency_wait();  // the next grid waits for this one, not for those before
+        lx::grid_dependency_wait();  // the next grid waits only for this grid, not for earlier ones
         return;
     }
     lx::syncthreads();  // row_of is complete

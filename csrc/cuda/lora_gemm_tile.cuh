@@ -47,7 +47,7 @@ struct GemmShape {
     using Sums = float[kTilesM][kTilesN][4];
 
     // Positions of pieces in a row, chosen so that reads have no bank conflict. If left is split,
-    // it is read as float2; if right is transposed and float, it is read as floats. Both times a
+    // it is read as float2; if right is transposed and float, it is read as floats. In both cases a
     // warp reads 32 bytes of each of four rows at once.
     __host__ __device__ static constexpr int left_piece(int row, int piece) {
         return piece ^ (kParted ? 2 * row : row) % 8;
@@ -65,8 +65,9 @@ struct Piece {
     int n;
 };
 
-// Copies piece_of(i) to to(i): by cp.async if aligned, otherwise synchronously. `whole`: all pieces
-// of the thread have 16 bytes, as in most stages; a copy is then one instruction and an address.
+// Copies piece_of(i) to to(i), by cp.async if aligned, otherwise synchronously. `whole`: all pieces
+// of the thread have 16 bytes, as in most stages; a copy then takes one instruction besides the
+// computation of its address.
 template <class T, int kCount, class To, class PieceOf>
 LX_DEVICE void copy_pieces(bool whole, bool aligned, To&& to, PieceOf&& piece_of) {
     if (whole && aligned) {

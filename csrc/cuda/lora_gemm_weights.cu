@@ -1,7 +1,8 @@
 // Gradients of adapters of large ranks, sums over the rows t of one adapter:
 //   db[s] = sum_t dy[t, :]^T v[t, :]            da[s] = sum_t dv[t, :]^T (mask * x[t, :])
 //
-// Like lora_train_weights_kernel, but with tiles that are bound by arithmetic, as in lora_gemm.cuh:
+// Like lora_train_weights_kernel, but with tiles so large that arithmetic is the bound, as in
+// lora_gemm.cuh:
 // block (adapter, 128 columns of x or dy, 128 ranks of v or dv), four warps of 64 x 64. A stage is
 // 32 rows, gathered through the plan. cp.async fills a ring of four stages, and the row numbers are
 // read one stage earlier. ldmatrix.trans transposes x to operand A; the floats of v are split into
@@ -11,8 +12,9 @@
 //   float32    x and v as high + low in tf32, three products
 // Splitting a float into two tf32 needs more registers, so float16 and float32 use 64 columns.
 //
-// An element is one sum over all rows of the adapter, in order. The choice of this kernel or
-// lora_train_weights_kernel depends only on (R, width), so a gradient depends only on these rows.
+// An element is one sum over all rows of the adapter, in order. The choice between this kernel and
+// lora_train_weights_kernel depends only on (R, width), so a gradient depends only on its adapter's
+// rows.
 #include "lora_train.cuh"
 
 namespace lora_ext {

@@ -6,13 +6,13 @@
 //   stats        = sum over (i, j) of gram_a .* (b^T b, p^T p, p^T b, (p - b)^T (p - b))
 //
 // Block (item, adapter). An item is a tile of 64 x 64 ranks; tiles of gram_a and gram_b above the
-// diagonal are not computed. The table of adapters is an argument of the kernel, by value, with 500
-// adapters per launch: nothing is copied to the device, and a captured graph needs no host memory.
+// diagonal are not computed. The table of adapters (500 per launch) is passed to the kernel by
+// value, so nothing is copied to the device, and a captured graph needs no host memory.
 //
-// A sum first adds a group's elements of a step, then the steps, then the groups in a tree
-// (lora_gram.cuh). This order depends only on the rank and the length. Bound: the bytes of the
-// factors, which are read once. Above 64 ranks, and for the four products of stats, they are read
-// again from L2.
+// A sum first adds the elements of one step that a group of threads reads, then the steps, then the
+// groups in a tree (lora_gram.cuh). This order depends only on the rank and the length. Bound: the
+// bytes of the factors, which are read from memory once. Above 64 ranks, and for the four products
+// of stats, they are read again from L2.
 #include "lora_gram.cuh"
 
 namespace lora_ext {
@@ -85,8 +85,9 @@ __global__ void __launch_bounds__(kGramThreads, 1)
         return side;
     };
     double gram_a[kGramSums], stats[4] = {};
-    // Product 0 is a a^T; 1 to 4 are those of stats. Off the diagonal, 5 is b^T p, the p^T b of the
-    // mirrored tile. In the other products the two tiles have equal sums, which count twice.
+    // Product 0 is a a^T; products 1 to 4 are those of stats. Off the diagonal, a tile stands for
+    // its mirrored tile as well, so its sums count twice. Only p^T b is not symmetric: for it,
+    // product 5 (b^T p) is that of the mirrored tile.
     for (int product = 0; product < (diagonal ? 5 : 6); ++product) {
         auto side = [&](int first, bool of_p) {
             return product == 0   ? a(first)
@@ -105,7 +106,7 @@ __global__ void __launch_bounds__(kGramThreads, 1)
 #pragma unroll
         for (int s = 0; s < kGramSums; ++s) {
             if (product == 0) gram_a[s] = sum[s];
-            // Sums beyond the ranks are 0 and skipped: 0 times an infinite gram_a would be NaN.
+            // Sums beyond the ranks are 0, but must be skipped: 0 times an infinite gram_a is NaN.
             const bool there =
                 4 * part.i + s / 4 < sides.x.ranks && 4 * part.j + s % 4 < sides.y.ranks;
             total += there ? sum[s] * gram_a[s] : 0;

@@ -1,10 +1,11 @@
 // Product of two sides, up to 64 ranks each of factors a or b, over their long axis.
 //
 // A block iterates over the long axis in steps of 4096 elements (16-bit types with float sums:
-// 8192, doubles: 2048). All threads load the next step, in pieces of 16 bytes, while the sums of
-// the current step read shared memory, where elements have the type of the sums. A thread has 4 x 4
-// sums; in a diagonal tile, only sums with i >= j. If a tile has few ranks, its threads form groups
-// that divide the elements, four at a time: 25 groups at 16 ranks, 7 at 32, one at 64.
+// 8192, doubles: 2048). All threads load the next step, in pieces of 16 bytes, while they sum the
+// current step from shared memory, where elements have the type of the sums. A thread has 4 x 4
+// sums; in a diagonal tile, only sums with i >= j are computed. If a tile has few ranks, its
+// threads form groups that divide the elements, four at a time: 25 groups at 16 ranks, 7 at 32, one
+// at 64.
 #pragma once
 
 #include "lora_ext/lora_gram.h"
@@ -143,8 +144,9 @@ LX_DEVICE void multiply_sides(const GramSides<T>& sides, const GramPart& part, S
     const int side_size = kOfB ? depth * width : width * row;
 
     // A line is a rank of a, or an element of the long axis of b. No line is longer than the pieces
-    // of all threads together. All pieces of a thread therefore have the same offset `within` their
-    // lines, which are `hop` lines apart; pieces of x precede pieces of y.
+    // that all threads load together. All pieces of a thread therefore have the same offset
+    // `within` in their lines, and these lines are `hop` lines apart. Pieces of x precede pieces of
+    // y.
     const int log_line = kOfB ? log_width : log_depth;
     const int within = thread * V & ((1 << log_line) - 1), across = thread * V >> log_line;
     const int hop = kGramThreads * V >> log_line;
@@ -156,7 +158,7 @@ LX_DEVICE void multiply_sides(const GramSides<T>& sides, const GramPart& part, S
         const bool there = kOfB ? line < left : line < ranks;
         return there ? lx::min((kOfB ? ranks : left) - within, V) : 0;
     };
-    // For a piece without valid numbers, the side's first piece is read instead.
+    // For a piece without valid numbers, the first piece of the side is read instead.
     auto load = [&](const T* data, int stride, int v, int begin) {
         const int64_t line = kOfB ? begin + line_of(v) : line_of(v);
         const int count = count_of(v, begin);

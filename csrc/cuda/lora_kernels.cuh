@@ -37,8 +37,8 @@ struct FloatRows {
     float* data;
     int64_t row_stride;
 };
-// Sums the splits `v`, and writes (scale / (1 - p)) * sum to `scaled` and that times the weight to
-// `weighed`, each if given. Both may be the memory of the first split.
+// Sums the splits `v`. Writes (scale / (1 - p)) * sum to `scaled`, and this product times the
+// weight to `weighed`, each if given. Both may be the memory of the first split.
 LaunchStatus run_weigh(const LoraArgs& args, const Partials& v, float inverse_keep,
                        FloatRows scaled, FloatRows weighed, bool dependent, void* stream);
 
@@ -69,7 +69,7 @@ inline unsigned num_tiles(const LoraArgs& args, int rows) {
     return static_cast<unsigned>(layout.max_chunks() * tiling(args, rows).per_chunk);
 }
 
-// Returns whether strides have 32 bits in bytes. Addresses take fewer instructions then.
+// Returns whether the strides, in bytes, fit in 32 bits. Addresses then take fewer instructions.
 inline bool narrow(std::initializer_list<int64_t> strides, int64_t size) {
     bool all = true;
     for (int64_t stride : strides) all = all && stride <= INT32_MAX / size;
@@ -99,10 +99,11 @@ inline bool expand_aligned(const LoraArgs& args) {
                   size);
 }
 
-// The order of a row's sum over the in-features, up to rank 256: slices of `width`, each of four
-// segments, in order. It depends only on the in-features, so that a row's v has the same bits in
-// any batch, in serving and in training. Slices have 512 or more in-features, since few rows must
-// still fill the machine. Their quarters are whole stages of lora_shrink.cu and whole steps of
+// The order of a row's sum over the in-features, up to rank 256: slices of `width` in-features,
+// each of four segments, are added in order. The order depends only on the number of in-features,
+// so that a row's v has the same bits in any batch, in serving and in training. Slices have 512
+// in-features, or more if there would be more than kMaxSplits slices, so that few rows also fill
+// the machine. A segment is a whole number of stages of lora_shrink.cu and of steps of
 // lora_shrink_decode.cu.
 constexpr int kSliceSegments = 4;
 struct SumOrder {
@@ -123,9 +124,9 @@ int64_t largest(std::span<const Module> modules, F&& f) {
     return found;
 }
 
-// Declares the data that find_tile and the page functions read. On a GPU, declarations are empty;
-// in the emulator they cover, page by page, exactly the rows and ranks that an adapter owns.
-// A dependent launch that may follow a writer of these buffers declares them as kRead.
+// Declares to the emulator the data that find_tile and the page functions read. On a GPU this does
+// nothing. The declared ranges are, page by page, exactly the rows and ranks that an adapter owns.
+// `access` must be kRead in a dependent launch that may follow a writer of these buffers.
 void declare_common(const LoraArgs& args, lx::Access access = lx::Access::kConstant);
 void declare_a(const LoraArgs& args, lx::Access access = lx::Access::kConstant);
 void declare_b(const LoraArgs& args);

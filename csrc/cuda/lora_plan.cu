@@ -5,7 +5,8 @@
 // counters, 32 digits x 32 warps. A warp owns a contiguous range of rows and places them in
 // order, so the sort is stable and no result depends on timing. Slot boundaries are then found by
 // bisection of the sorted ids. If there are several tiles, they are sorted one after another, and
-// the plan stores the next position of each slot; only this case uses atomics, to count rows.
+// the plan's memory holds the next free position of each slot. Only this case uses atomics, to
+// count the rows of each slot.
 // Bound: latency, not bytes.
 #include "lora_kernels.cuh"
 
@@ -19,7 +20,8 @@ constexpr int kMaxTile = 8192;
 constexpr int kRowBytes = 2 * (sizeof(uint32_t) + sizeof(uint16_t));  // shared memory per row
 constexpr int kStaticBytes = (kThreads + kWarps) * 4;
 
-// Returns the sum of `x` over earlier threads, and in `total` over all. All threads must call this.
+// Returns the sum of `x` over earlier threads, and in `total` the sum over all threads. All threads
+// must call this.
 LX_DEVICE int block_scan(int x, int (&warp_sums)[kWarps], int& total) {
     const int lane = lx::lane_id(), warp = lx::warp_id();
     auto warp_scan = [lane](int y) {  // inclusive
@@ -52,13 +54,14 @@ LX_DEVICE void sort_tile(Sorted& s, int n, int passes, int (&counters)[kThreads]
     const int lane = lx::lane_id(), warp = lx::warp_id();
     const int per_warp = (n + kThreads - 1) / kThreads * 32;
     const int begin = warp * per_warp;
-    // The 32 counters of a digit, one per warp, form a row, which is rotated by the digit. Neither
-    // lanes that scan a row nor lanes that count different digits have bank conflicts then.
+    // The 32 counters of a digit, one per warp, form a row, which is rotated by the digit. Thanks
+    // to the rotation, neither lanes that scan a row nor lanes that count different digits have
+    // bank conflicts.
     auto counter = [&](int digit, int of_warp) -> int& {
         return counters[digit * kWarps + (of_warp + digit) % kWarps];
     };
     for (int pass = 0; pass < passes; ++pass) {
-        auto digit_of = [&](int i) {  // 32: no such row
+        auto digit_of = [&](int i) {  // 32 if row i does not exist
             return i < n ? static_cast<int>(s.keys[i] >> (pass * kDigitBits)) % 32 : 32;
         };
         counter(lane, warp) = 0;

@@ -3,17 +3,18 @@
 //
 // Block (row tile, slices, 64 ranks): 64 or 128 rows, and one slice of the in-features, or all
 // slices one after another. 128 bytes of each row of x and of each rank of A pass through a
-// ring of four stages filled by cp.async. Rows past the tile, ranks past the adapter and
-// in-features past the row are filled with zeros and never read. Four warps divide the rows. Bound:
-// bytes of x, streamed once per 64 ranks.
+// ring of four stages filled by cp.async. For rows past the tile, ranks past the adapter's and
+// in-features past the end of a row, the ring is filled with zeros and global memory is not read.
+// Four warps divide the rows. Bound: bytes of x, streamed once per 64 ranks.
 //
 // A row of v has the same bits as in lora_shrink_decode.cu, in any batch (see sum_order):
 // * a lane reads 16 bytes of a row of x or of A as mma operands, as decode does from global memory.
 //   In odd rows, pieces i and i + 4 are swapped, so that eight lanes that read at the same time,
 //   from two rows, have no bank conflict;
 // * a segment is one chain of mma; segments are added in order, and so are slices.
-// The thread that copied a piece applies the mask to it, before the barrier that makes it visible
-// to the other threads: one Philox call for every four elements, and no call is repeated.
+// The thread that copied a piece also applies the mask, before the barrier that makes the piece
+// visible to the other threads. It makes one Philox call for every four elements, and no call is
+// repeated.
 #include "lora_train.cuh"
 
 namespace lora_ext {
@@ -192,7 +193,7 @@ LaunchStatus run_shrink_rows(const Projection& args, const Slices& slices, void*
     const LoraArgs& lora = args.lora;
     if (large_rank(lora.bank)) return run_gemm_projection(args, false, slices, stream);
     return with_dtype(lora.dtype, [&]<class T>() {
-        // 128 rows need too many registers with three sums per element, in float32 even with two.
+        // With three sums per element, 128 rows need too many registers; in float32, even with two.
         if (slices.per_block > 1) return launch<T, 64, true>(args, slices, stream);
         if constexpr (sizeof(T) == 2) {
             const bool wide = lora_chunk_rows(lora.num_tokens) == 128 &&

@@ -64,11 +64,12 @@ template <class T, bool kAligned, int kModules>
 __global__ void __launch_bounds__(kWarps * 32, kMinBlocks<T>)
     lora_shrink_decode_kernel(const __grid_constant__ Modules<kModules> modules,
                               const __grid_constant__ Tiling tiling, int rank_groups) {
-    // For float32, ptxas would hold back half of the loads after such addresses.
+    // For float32, narrow addresses would make ptxas delay half of the loads.
     constexpr bool kNarrow = kAligned && sizeof(T) == 2;
-    // The previous kernel may be any: one that writes x, the plan or a bank, or an expand that
-    // reads v. So no access to memory precedes the wait. The next launch starts after the wait:
-    // expand reads y before its own wait, when every earlier writer of y must have ended.
+    // The previous kernel may write x, the plan or a bank, or it may be an expand that reads v, so
+    // no access to memory precedes the wait. The next launch may start only after this wait: it may
+    // be an expand, which reads y before its own wait, and every earlier writer of y must have
+    // ended by then.
     lx::grid_dependency_wait();
     lx::grid_dependency_launch();
     const int z = static_cast<int>(blockIdx.z);
@@ -99,9 +100,9 @@ __global__ void __launch_bounds__(kWarps * 32, kMinBlocks<T>)
     const int begin = static_cast<int>(blockIdx.y) * v.split_width + warp * width;
     const int end = lx::min(begin + width, bank.in_features);
 
-    // Addresses of this lane: rows g and g + 8 of x, rank g of each page. For missing rows and
-    // ranks the tile's first row of x is read; their results are not stored. The sums of an absent
-    // page are set to zero at the end.
+    // Addresses that this lane reads: rows g and g + 8 of x, rank g of each page. Instead of
+    // missing rows and ranks, the tile's first row of x is read, and the results are not stored.
+    // The sums of an absent page are set to zero at the end.
     const T* x[2];
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
@@ -158,8 +159,8 @@ __global__ void __launch_bounds__(kWarps * 32, kMinBlocks<T>)
 }
 
 // Computes v[t, j] = scale[s] * sum of the splits. v may overlap the splits, because a warp writes
-// an element only after it has read its splits. Used for callers that need v, and before an expand
-// with many blocks.
+// an element only after it has read the splits of this element. Used for callers that need v, and
+// before an expand with many blocks.
 __global__ void __launch_bounds__(128)
     lora_reduce_kernel(const __grid_constant__ LoraArgs args, const __grid_constant__ Tiling tiling,
                        const __grid_constant__ Partials v) {
@@ -172,7 +173,9 @@ __global__ void __launch_bounds__(128)
     const RowTile tile =
         find_tile<kTileRows>(args, tiling, static_cast<int>(blockIdx.x), row_of, also);
     if (tile.rank == 0) {
-        lx::grid_dependency_wait();  // the next grid waits only for this one, not for its producer
+        // No work, but wait anyway: the next grid waits only for this grid, not for the one that
+        // wrote the splits.
+        lx::grid_dependency_wait();
         return;
     }
     lx::syncthreads();  // row_of is complete

@@ -1,11 +1,12 @@
 // Code shared by the LoRA kernels: the rows and pages of a block, and 16-byte loads whose words are
 // mma operands without conversion.
 //
-// mma.m16n8k16 needs from lane (g, t), g = lane / 4, t = lane % 4, the k pairs 2t and 2t + 8 of row
-// g of A and of column g of B. A contraction may visit k in any order. The kernels number k so that
-// these pairs are the first two words of the 16 bytes that lane t reads; the last two words are
-// operands of a second mma. Four lanes read 64 contiguous bytes of one row, and no data passes
-// through shared memory. For float32, the same words are operands of two mma.m16n8k8.
+// In mma.m16n8k16, lane (g, t), with g = lane / 4 and t = lane % 4, passes the pairs of elements
+// that start at k = 2t and k = 2t + 8, of row g of A and of column g of B. A contraction may visit
+// k in any order. The kernels number k so that these pairs are the first two words of the 16 bytes
+// that lane t reads; the last two words are operands of a second mma. Four lanes read 64 contiguous
+// bytes of one row, and no data passes through shared memory. For float32, the same words are
+// operands of two mma.m16n8k8.
 #pragma once
 
 #include "lora_ext/lora.h"
@@ -29,7 +30,7 @@ struct Partials {
     int64_t row_stride, split_stride;
     int splits;
     int split_width;  // in-features per split
-    int row_floats;   // floats per row that may be read, beyond the rank too
+    int row_floats;   // floats per row that may be read, including those beyond the rank
     bool scaled;      // scale[slot] is already applied
 };
 
@@ -39,7 +40,7 @@ constexpr int kSplitBatch = 8;  // splits of v whose loads are in flight togethe
 // The division of the chunks of a plan into row tiles.
 struct Tiling {
     int per_chunk;      // tiles of a full chunk, a power of two
-    int log_per_chunk;  // spares the kernels of decode a division
+    int log_per_chunk;  // with it, the decode kernels need no division
     int64_t perm;       // start of perm in the plan
 };
 
@@ -112,11 +113,11 @@ LX_DEVICE RowTile find_tile(const LoraArgs& args, const Tiling& tiling, int inde
 }
 
 // Variant of find_tile for decode, in which no other work hides the latency of the loads. It takes
-// two memory round trips. The first loads the chunk's entry, or the ids. The second loads all that
-// depends on the slot: rows, rank, and what also(slot) loads, such as page numbers and a scale. No
-// load waits for another of its trip: syncwarp keeps the compiler from moving loads down to save
-// registers. (Kernels that use the variant above have no registers to spare, but other work hides
-// the latency.) A block must have at least kRows threads.
+// two memory round trips. The first loads the chunk's entry, or the ids. The second loads
+// everything that depends on the slot: rows, rank, and what also(slot) loads, such as page numbers
+// and a scale. Within a round trip, no load waits for another: syncwarp keeps the compiler from
+// moving loads down to save registers. (The kernels that use the other variant have no registers
+// for this, but other work hides their latency.) A block must have at least kRows threads.
 template <int kRows, class Also>
 LX_DEVICE RowTile find_tile(const LoraArgs& args, const Tiling& tiling, int index,
                             int32_t (&row_of)[kRows], Also&& also) {
@@ -184,9 +185,9 @@ LX_DEVICE bool ranks_paired(const float* data, int64_t row_stride) {
     return reinterpret_cast<uintptr_t>(data) % 8 == 0 && row_stride % 2 == 0;
 }
 
-// Adds to `sum`, in order, what load(split, part) writes to `part` for each split. The whole warp
+// Adds to `sum`, split by split, the values that load(split, part) writes to `part`. The whole warp
 // must call this. Up to eight splits, rounded up to a power of two, are loaded at once without a
-// condition: for splits beyond the last, the last one is loaded and not used.
+// condition: instead of splits beyond the last, the last one is loaded again and not used.
 template <int kBatch = 1, int kCount, class Load>
 LX_DEVICE void add_splits(int splits, float (&sum)[kCount], Load&& load) {
     if constexpr (kBatch < kSplitBatch) {
@@ -230,22 +231,22 @@ LX_DEVICE const T* b_page(const LoraBank& bank, int slot, int page) {
     return at < 0 ? nullptr : static_cast<const T*>(bank.b) + at;
 }
 
-// First of two steps to the address of a page: returns the page's number, which is its entry in the
-// page table. Beyond the end of the table it reads a valid entry. Without a table it reads nothing
-// and returns `page`.
+// First of two steps that compute the address of a page: returns the page's number, that is, its
+// entry in the page table. Beyond the end of the table, another, valid entry is read. Without a
+// table, returns `page` and reads nothing.
 LX_DEVICE int page_number(const LoraBank& bank, int slot, int page) {
     if (!bank.page_table) return page;
     const int here = lx::max(lx::min(page, bank.pages_per_slot - 1), 0);
     return bank.page_table[int64_t{slot} * bank.pages_per_slot + here];
 }
-// Returns p + n * stride. kNarrow: the stride has 32 bits in bytes, and one instruction computes
-// the address instead of four.
+// Returns p + n * stride. kNarrow: the stride in bytes fits in 32 bits, and the address takes one
+// instruction instead of four.
 template <bool kNarrow, class T>
 LX_DEVICE T* row_at(T* p, int n, int64_t stride) {
     if constexpr (kNarrow) return lx::element(p, n, static_cast<int>(stride * int64_t{sizeof(T)}));
     return p + n * stride;
 }
-// Second step. Returns the address in `base` of the page with this number.
+// Second step: returns the address in `base` of the page with this number.
 template <class T, bool kNarrow>
 LX_DEVICE const T* page_at(const LoraBank& bank, const void* base, int slot, int number,
                            int64_t slot_stride, int64_t page_stride) {
@@ -349,7 +350,7 @@ LX_DEVICE uint4 add_to_words(const uint4& words, const float (&d)[kVec<T>]) {
 // Products
 
 // Computes d += part, rounded to nearest. A tensor core rounds its sum toward zero, so products
-// that need all bits of a float start a new sum, `part`, in every step.
+// whose result must keep all bits of a float start a new sum, `part`, in every step.
 LX_DEVICE void add_part(float (&d)[4], const float (&part)[4]) {
 #pragma unroll
     for (int i = 0; i < 4; ++i) d[i] += part[i];

@@ -7,7 +7,7 @@
 //              dy -> dv          projection of side B              if da or dx is needed
 //              dy, v -> db       gradient of the weights           with dv in one pass over dy
 //              dv, v -> dv, dw   with factors
-//              x, dv -> da       the same kernel, with the mask
+//              x, dv -> da       the kernel that also computes db, with the mask
 //              dv -> dx          in place, with the mask
 //
 // Large ranks use the kernels of lora_gemm.cuh and lora_gemm_weights.cu. The stages of the backward

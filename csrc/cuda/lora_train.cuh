@@ -27,7 +27,7 @@ struct Projection {
     int64_t out_row_stride;
 };
 // Order of a projection's sum over the features: slices of fixed width. On side A, up to rank 256,
-// it is that of sum_order; otherwise a slice is one chain of mma.
+// it is the order that sum_order returns; otherwise a slice is one chain of mma.
 struct Slices {
     int width, count;
     int per_block;         // slices per block: all or one
@@ -36,8 +36,9 @@ struct Slices {
     bool x_aligned, w_aligned;
     int ranks_per_stage;
 };
-// For up to 64 ranks of a 16-bit type, one pass over dy can compute both db and dv, from slices of
-// 1024 bytes. Without that pass, dv is summed over the same slices, so its bits are the same.
+// For up to 64 ranks of a 16-bit type, one pass over dy can compute both db and dv, in slices of
+// 1024 bytes. If dv is computed without that pass, it is summed over the same slices, so its bits
+// are the same.
 constexpr int kPassBytes = 1024, kPassRanks = 64;
 __host__ __device__ constexpr int pass_slice(int ranks) {
     return ranks <= 16 ? 256 : 512;
@@ -46,7 +47,8 @@ inline bool pass_sliced(const LoraArgs& args, bool side_b) {
     return side_b && args.dtype != DType::kFloat32 && args.bank.max_rank <= kPassRanks;
 }
 constexpr int kProjectedRanks = 64;  // per block
-// in_pass: for the pass that also computes db. Each slice then has a block, which stores its sum.
+// in_pass: the slices of the pass that also computes db; there each slice has a block, which stores
+// the slice's sum.
 Slices projection_slices(const LoraArgs& args, bool side_b, bool in_pass = false);
 int64_t slices_bytes(const Slices& slices);
 int64_t projection_workspace(const LoraArgs& args, bool side_b);
@@ -82,12 +84,12 @@ int64_t gradient_workspace(const Gradient& args);
 // beside: if given, the projection of side B, which the same pass over dy computes.
 LaunchStatus run_gradient(const Gradient& args, void* workspace, void* stream,
                           const Projection* beside = nullptr);
-constexpr int64_t kMostParts = 256 << 20;  // maximum bytes of partial sums; above, two passes
+constexpr int64_t kMostParts = 256 << 20;  // bytes; two passes if partial sums need more
 int64_t one_pass_workspace(const Gradient& args, const LoraArgs& side_b);
 bool takes_one_pass(const Gradient& args, const LoraArgs& side_b);
 
-// With factors (lora_train.h): dv holds u, whose products with v are dweights, if wanted. Replaces
-// dv by (c * u) * w.
+// With factors (lora_train.h): on entry, dv holds u = dy b[s]. Computes dweights, the products of u
+// and v, if they are requested, and replaces u by dv = (c * u) * w.
 LaunchStatus run_weigh_back(const LoraTrainArgs& args, void* stream);
 
 // dx[t, :] += mask * (dv[t, :] A)
@@ -102,8 +104,9 @@ LaunchStatus run_gemm_input_gradient(const LoraTrainArgs& args, void* stream);
 LaunchStatus run_gemm_gradient(const Gradient& args, void* stream);
 
 // Columns per block of run_gemm_gradient. A block sums all rows of its adapter, so the kernel is
-// used only if one adapter's blocks fill half of an H100's multiprocessors; half is an estimate.
-// The number is the same for every device, because the two kernels sum in different orders.
+// used only if the blocks of one adapter fill half of an H100's multiprocessors (half is an
+// estimate). The condition is the same for every device, because the two kernels add in different
+// orders.
 constexpr int gradient_columns(bool tf32) {
     return tf32 ? 64 : 128;
 }
@@ -215,8 +218,8 @@ LX_DEVICE void drop_piece(void* piece, const Mask& mask, uint32_t row, int colum
 // ------------------------------------------------------------------------------------------------
 // Pieces
 
-// Copies n elements, n clamped to [0, kVec], then zeros to shared memory: by cp.async if `aligned`,
-// which is the same for all pieces of a tensor. If n <= 0, `from` is not read.
+// Copies n elements (n clamped to [0, kVec]) to shared memory, followed by zeros: by cp.async if
+// `aligned`, which is the same for all pieces of a tensor. If n <= 0, `from` is not read.
 template <class T>
 LX_DEVICE void copy_piece(void* to, const T* from, int n, bool aligned) {
     n = lx::min(lx::max(n, 0), kVec<T>);
@@ -300,9 +303,10 @@ struct VTile {
 };
 
 // ------------------------------------------------------------------------------------------------
-// Products of floats: each is high + low in tf32. A float16 value is equal to its high part.
+// Products of floats: each float is high + low in tf32. A float16 value equals its high part.
 
-// Computes d += a b (m16n8k8). An exact operand has no low part; products of low parts are dropped.
+// Computes d += a b (m16n8k8). An exact operand has no low part; the product of both low parts is
+// dropped.
 template <bool kExactA, bool kExactB>
 LX_DEVICE void mma_floats(float (&d)[4], const float (&a)[4], const float (&b)[2]) {
     uint32_t a_high[4], a_low[4], b_high[2], b_low[2];

@@ -3,10 +3,10 @@
 // Block (64 rows of one adapter, range of columns), eight warps: four along the rows, two along the
 // columns of a band of 256 bytes. The rows of dv stay in shared memory. The ranks of A for the next
 // band are loaded by cp.async while the current band is written. If shared memory is too small for
-// all ranks, those of A and dv are loaded in stages, in order, so that the result does not depend
-// on its size. The product is written to shared memory as floats, so that a thread holds 16
-// bytes of dx in a row: one load, issued before the product, two Philox calls for its mask, one
-// rounding, one store.
+// all ranks, the ranks of A and dv are loaded in stages, in order, so that the result does not
+// depend on the size of shared memory. The product is written to shared memory as floats, so that a
+// thread then holds 16 adjacent bytes of dx: one load, issued before the product, two Philox calls
+// for the mask, one rounding, one store.
 //   bfloat16   dv = high + low, two m16n8k16
 //   float16    A as floats, exact in tf32; dv = high + low in tf32
 //   float32    A and dv as high + low in tf32, three products
@@ -36,9 +36,9 @@ constexpr int shared_bytes(int pages) {
            kTrainRows * kDeltaRow<T> * 4;
 }
 
-// Minimum blocks per multiprocessor. On Blackwell, two blocks of float16 spill registers. With
-// stages, shared memory holds only one block; without, the loop over pages is unrolled twice, which
-// takes fewer registers.
+// Minimum blocks per multiprocessor. On Blackwell, two blocks of float16 would spill registers. If
+// the ranks are loaded in stages, shared memory holds only one block; otherwise the loop over pages
+// is unrolled only twice, which takes fewer registers.
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000
 template <class T, bool kStaged>
 constexpr int kMinBlocks = std::is_same_v<T, lx::f16> && kStaged ? 1 : 2;

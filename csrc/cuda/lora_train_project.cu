@@ -65,8 +65,8 @@ __global__ void __launch_bounds__(kRows * 2, 2)
                           n, slices.x_aligned);
         }
         unsigned char* const w_stage = ring + step % kStages * stage_bytes + kRows * kStageRow;
-        // A page of the stage: kWidth outputs of 8 ranks, one piece each (float32: two).
-        // Neighbouring lanes read the parts of an output in two pages, which are adjacent.
+        // A page of the stage: kWidth outputs with 8 ranks each, one piece per output (float32:
+        // two). Neighbouring lanes read the parts of an output in two pages, which are adjacent.
         constexpr int kPerRow = kPageRanks / kVec<T>, kPairPieces = 2 * kWidth * kPerRow;
         for (int i = thread; i < page_pairs * kPairPieces; i += kThreads) {
             const int row = i % kPairPieces / (2 * kPerRow), at = i % (2 * kPerRow);
@@ -205,7 +205,7 @@ Slices projection_slices(const LoraArgs& args, bool side_b, bool in_pass) {
         tiles *= lx::max(1, lora_chunk_rows(args.num_tokens) / kTrainRows) *
                  ceil_div(bank.max_rank, kProjectedRanks);
     }
-    // A block loops over slices if each multiprocessor still has two blocks.
+    // A block loops over all slices of its rows if each multiprocessor still has two blocks then.
     const bool walk = s.count == 1 || (!in_pass && tiles >= 2 * lx::max(1, lx::multiprocessors()));
     s.per_block = walk ? s.count : 1;
     s.finished = walk;

@@ -6,9 +6,9 @@
 //
 // Block (range of an adapter's rows, slice of 1024 bytes of columns, 16 or 64 ranks), eight warps.
 // Shared memory has two stages of 32 rows of x and v; cp.async fills one while the other is used,
-// and perm is read two steps ahead. A thread then prepares the elements that it copied: it drops
-// elements of x, and splits v into high and low bfloat16. ldmatrix.trans transposes both. A warp
-// sums 16 columns of each band of 128, for all ranks, over the whole range.
+// and perm is read two steps ahead. A thread then prepares the elements that it copied: it applies
+// the dropout mask to x, and splits v into high and low bfloat16. ldmatrix.trans transposes both. A
+// warp sums 16 columns of each band of 128, for all ranks, over the whole range.
 //   bfloat16   v = high + low, two m16n8k16: 16 bits of v
 //   float16    x as floats, exact in tf32; v = high + low in tf32, two m16n8k8: any magnitude of v
 //   float32    x and v as high + low in tf32, three products
@@ -123,7 +123,8 @@ LX_DEVICE void multiply(Sums<T, kPages>& sums, const unsigned char* x, const VTi
     }
 }
 
-// Blocks per multiprocessor. The sums of 64 ranks, or float16, need the registers of two blocks.
+// Minimum blocks per multiprocessor. The sums of 64 ranks, and float16, need twice the registers of
+// other blocks.
 template <class T, int kPages>
 constexpr int kBlocks = kPages == 2 && !std::is_same_v<T, lx::f16> ? 2 : 1;
 

@@ -1,6 +1,6 @@
-// Blocks of the gradients of adapters: their rows, columns and ranks, and the layout of their sums,
-// which one kernel computes for ranges of rows (lora_train_weights.cu) and another one adds
-// (lora_train_weights_reduce.cu).
+// The blocks that compute the gradients of adapters: their rows, columns and ranks, and the layout
+// of their partial sums. One kernel computes partial sums over ranges of rows
+// (lora_train_weights.cu), and another one adds them (lora_train_weights_reduce.cu).
 #pragma once
 
 #include "lora_train.cuh"
@@ -22,16 +22,16 @@ struct GradientShape {
     float4* partials;          // for adapters with several ranges
 };
 
-// The work of a block, of the kernel of ranges or of the kernel that adds ranges.
+// The work of a block, either of the kernel that sums ranges or of the kernel that adds them.
 struct GradientBlock {
-    int slot, range, first_rank, ranks, column;  // ranks: number here; column: the first
+    int slot, range, first_rank, ranks, column;  // ranks: number in this block; column: the first
     const int32_t* rows;                         // rows of the adapter
     int num_rows, first_row;                     // number of `rows`; index of the first in perm
 };
 
 // Returns the slot of range `index`. The indices of slot s start at slot_begin[s] / range_rows + s,
-// which leaves one for each of its ceil(n / range_rows) ranges, or one if it has no rows. The warp
-// searches 32 slots at a time.
+// which leaves at least one index for each of the ceil(n / range_rows) ranges of its n rows, and
+// one if n is 0. The warp searches 32 slots at a time.
 LX_DEVICE int slot_of_range(const int32_t* slot_begin, int range_rows, int num_adapters,
                             int index) {
     int low = 0;
@@ -135,7 +135,7 @@ LaunchStatus with_pages(const Gradient& args, F&& f) {
     });
 }
 
-// Adds the partial sums of all ranges, and stores the gradients of the adapters with several.
+// For each adapter with several ranges, adds their partial sums and stores the gradient.
 LaunchStatus add_ranges(const Gradient& args, const GradientShape& shape, void* stream);
 
 }  // namespace lora_ext

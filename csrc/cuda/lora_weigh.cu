@@ -16,8 +16,8 @@ namespace {
 
 constexpr int kThreads = 128;
 
-// The results may overlap the splits, because a warp writes an element only after it has read its
-// splits.
+// The results may overlap the splits, because a warp writes an element only after it has read the
+// splits of this element.
 __global__ void __launch_bounds__(kThreads)
     lora_weigh_kernel(const __grid_constant__ LoraArgs args, const __grid_constant__ Tiling tiling,
                       const __grid_constant__ Partials v, float inverse_keep,
@@ -27,7 +27,7 @@ __global__ void __launch_bounds__(kThreads)
     LX_SHARED(int32_t, row_of, kTileRows);
     const RowTile tile = find_tile<kTileRows>(args, tiling, static_cast<int>(blockIdx.x), row_of);
     if (tile.rank == 0) {
-        lx::grid_dependency_wait();  // the next grid waits for this one, not for those before
+        lx::grid_dependency_wait();  // the next grid waits only for this grid, not for earlier ones
         return;
     }
     lx::syncthreads();  // row_of is complete

@@ -36,7 +36,7 @@ struct Place {
     }
 };
 
-// Returns the integer of [first, last] nearest to v; ties go to the even one.
+// Returns the integer in [first, last] that is nearest to v; ties go to the even integer.
 LX_DEVICE int nearest_code(float v, int first, int last) {
     if (v <= static_cast<float>(first)) return first;
     if (v >= static_cast<float>(last)) return last;
@@ -76,7 +76,7 @@ __global__ void __launch_bounds__(kThreads)
     uint16_t bits = lx::bit_cast<uint16_t>(lx::from_float<lx::f16>(scale));
     const int first = minimum ? 0 : static_cast<int>(-kMost);
     const int last = minimum ? 15 : static_cast<int>(kMost);
-    // Rounds a small scale up if the largest code would be cut, as the twin does.
+    // Rounds a small scale up if the largest code would be clipped, as the CPU twin does.
     const float most = static_cast<float>(last);
     if (lx::to_float(lx::bit_cast<lx::f16>(bits)) * (most + 0.5f) < scale * most) ++bits;
     const float rounded = lx::to_float(lx::bit_cast<lx::f16>(bits));

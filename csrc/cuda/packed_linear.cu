@@ -1,20 +1,21 @@
 // Products of up to 64 rows with packed weights of 8 and 4 bits; packed_bits.h has the layout and
 // the order of the sums.
 //
-// A warp processes a panel of 32 outputs and every 16th chunk of 32 in-features. A block has 16
-// warps. For up to 16 rows they are the 16 slices of a panel. For up to 32 rows (16 bits, without
-// minima), they are the four slices of a part of four panels, which read the same rows from L1. A
-// lane copies its bytes of codes to a separate ring in shared memory, without barriers, so that
-// many chunks are on their way.
+// A warp processes a slice: a panel of 32 outputs and every 16th chunk of 32 in-features. A block
+// has 16 warps. For up to 16 rows these process the 16 slices of one panel. For up to 32 rows
+// (16-bit x, without minima), they process the four slices of one part of four panels, and read the
+// same rows of x from L1. A lane copies its bytes of codes to its own ring in shared memory,
+// without barriers, so that the copies of many chunks are in flight.
 //
 // The 16 bytes of a lane are four outputs x four in-features (8 bits) or eight (4 bits): operand A
 // of m16n8k16, outputs on the M side and rows of x on the N side. Lane (g, t), g = lane / 4,
 // t = lane % 4, has outputs 4g to 4g + 3, of which tile m of two has 4g + 2m and 4g + 2m + 1, and
 // in-features 8t to 8t + 7 of the chunk, which are 16 contiguous bytes of a row of x (float32: 32).
-// Codes become 16-bit floats exactly: an exponent is put over the code, and the offset subtracted.
-// A float32 x is the sum of three bfloat16, each multiplied. A product of x with ones gives the
-// sums that a minimum needs. Bound: bytes of the weight, read once from memory. With more rows,
-// adjacent blocks share a panel, and all but one find it in L2.
+// Codes become 16-bit floats exactly: the code becomes the mantissa of a number with a fixed
+// exponent, and the resulting offset is subtracted. A float32 x is the sum of three bfloat16, each
+// of which is multiplied. A product of x with ones gives the sums that a minimum needs. Bound:
+// bytes of the weight, read once from memory. With more rows, adjacent blocks share a panel, and
+// all but one find it in L2.
 #include "lora_ext/packed_bits.h"
 
 #include "launch.cuh"
@@ -224,9 +225,9 @@ LX_DEVICE void multiply(const PackedBitsArgs& args, const Layout& layout, unsign
                         int panel, int slice, int first_row, float (&total)[kTiles][2][4]) {
     using Step = Stage<kBits, kMinimum>;
     constexpr int kCount = Step::kCount;
-    // Only with two tiles are there registers to load the next rows ahead, as a block of one tile
-    // shares the multiprocessor. Otherwise the rows of a chunk are loaded before its codes are
-    // read.
+    // Only with two tiles are there enough registers to load the rows of the next chunk ahead (a
+    // block of one tile shares the multiprocessor). Otherwise the rows of a chunk are loaded before
+    // its codes are read.
     constexpr bool kAhead = kTiles == 2;
     const int lane = lx::lane_id(), g = lane / 4, t = lane % 4, thread = lx::thread_rank();
     const int steps = (layout.chunks - slice + kAllSlices - 1) / kAllSlices;
@@ -353,11 +354,11 @@ __global__ void __launch_bounds__(kThreads, kTiles == 1 && sizeof(T) == 2 && !kM
     const int warp = lx::warp_id(), lane = lx::lane_id(), g = lane / 4, t = lane % 4;
     const int first_row = static_cast<int>(blockIdx.x) * kRows;
     const int first_panel = static_cast<int>(blockIdx.y) * kHere;
-    // A warp of a missing panel repeats the last one, and its sums are not used.
+    // A warp whose panel does not exist computes the last panel again, and its sums are not used.
     const int panel = lx::min(first_panel + warp / kOfPanel, layout.panels - 1);
     const int first_part = static_cast<int>(blockIdx.z) * layout.parts;
     float* const sums = reinterpret_cast<float*>(shared);  // in place of the ring
-    // Sums of the parts so far; a thread has elements of its own.
+    // Sums of the parts so far. No two threads access the same element.
     float4* const results = reinterpret_cast<float4*>(shared + Stage<kBits, kMinimum>::kRing);
     if (layout.parts == 1) lx::grid_dependency_launch();  // the next launch sums the parts
 
@@ -431,8 +432,8 @@ __global__ void __launch_bounds__(kSumThreads)
 // ------------------------------------------------------------------------------------------------
 // Host side
 
-// Returns the tiles of rows of a block: 1, 2 or 4. Four would need too many registers for the parts
-// of float32, or with minima.
+// Returns the number of row tiles of a block: 1, 2 or 4. Four tiles would need too many registers
+// for the three parts of a float32 x, or with minima.
 int64_t tiles_of(const PackedBitsArgs& args) {
     const int64_t tiles = ceil_div(args.rows, kTileRows);
     return tiles <= 2 ? tiles : args.dtype == DType::kFloat32 || args.minimum ? 2 : 4;
@@ -440,8 +441,9 @@ int64_t tiles_of(const PackedBitsArgs& args) {
 int64_t blocks_of_rows(const PackedBitsArgs& args) {
     return ceil_div(args.rows, tiles_of(args) * kTileRows);
 }
-// Returns whether different blocks compute the parts of a panel, which another launch adds: this
-// gives more blocks if there are too few for the machine, and the same bits.
+// Returns whether the parts of a panel are computed by different blocks and added by another
+// launch. The result has the same bits, and there are more blocks if there would be too few to fill
+// the machine.
 bool splits_parts(const PackedBitsArgs& args) {
     if (args.rows == 0 || tiles_of(args) < 4) return false;
     const int64_t panels = ceil_div(args.out_features, kPanel);
@@ -493,7 +495,7 @@ LaunchStatus launch_packed_linear(const PackedBitsArgs& args, void* stream) {
     const bool split = splits_parts(args);
     Layout layout;
     layout.panel_bytes = groups * block;
-    // A group has 1, 2 or 4 chunks, so 16 chunks further are whole blocks.
+    // A group has 1, 2 or 4 chunks, so 16 chunks are a whole number of blocks.
     layout.stride = kAllSlices * kChunk / args.group * block;
     layout.block_bytes = static_cast<int>(block);
     layout.code_bytes = static_cast<int>(code_bytes(args));

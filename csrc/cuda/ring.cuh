@@ -5,9 +5,9 @@
 
 namespace lora_ext {
 
-// Step s of `steps` uses stage s % kStages. While a step is used, the copies of the kStages - 1
-// steps behind it are on their way. All threads of the block call the members in the same order;
-// after the last step, the block waits for all copies before it reuses the memory.
+// Step s of `steps` uses stage s % kStages. While a step is used, the copies of the next kStages -
+// 1 steps are in flight. All threads of the block call the members in the same order; after the
+// last step, the block waits for all copies before it reuses the memory.
 template <int kStages>
 struct Ring {
     int steps;
@@ -21,8 +21,8 @@ struct Ring {
             lx::cp_async_commit();
         }
     }
-    // Waits for the stage of `step`, after which the block may read it, and starts the copies that
-    // reuse the stage before it. prepare(step) may change what its own thread has copied.
+    // Waits for the stage of `step`, after which the block may read it, and starts copies into the
+    // stage of the previous step. prepare(step) may change the elements that its own thread copied.
     template <class Copy, class Prepare>
     LX_DEVICE void consume(int step, Copy&& copy, Prepare&& prepare) const {
         lx::cp_async_wait_group<kStages - 2>();

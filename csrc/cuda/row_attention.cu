@@ -3,12 +3,12 @@
 // A block computes 32 query rows, ordered (t, head), of the heads that share keys, and up to 128
 // features of their values. A warp has eight of the rows and 32 keys at a time, one key per lane;
 // in the sums of values, a lane has up to four features. Queries stay in shared memory; keys, and
-// after them their values, take turns in one buffer. Rows are loaded 16 bytes at a time. A first
-// pass over the keys computes the largest score of each row, a second the weights. Each score, sum
-// of weights and element of the result is thus one sum in ascending order, independent of other
-// rows. With a running maximum in one pass, or with tensor cores, a row's bits would depend on the
-// boundaries of key tiles. Bound: multiply-adds, three for each feature of each pair of a key and
-// a query row.
+// after them their values, use one buffer in turn. Rows are loaded 16 bytes at a time. A first pass
+// over the keys computes the largest score of each row, a second pass the weights. Each score, each
+// sum of weights and each element of the result is thus one sum in ascending order of the keys or
+// features, independent of other rows. With a running maximum in one pass, or with tensor cores, a
+// row's bits would depend on the boundaries of key tiles. Bound: multiply-adds, three for each
+// feature of each pair of a key and a query row.
 #include "lora_ext/row_attention.h"
 
 #include "circuit_walk.cuh"  // pieces of 16 bytes
@@ -29,8 +29,9 @@ struct alignas(16) Row {
 };
 
 // Loads 32 rows of `width` elements, at most kWidth, to shared memory as floats. row(r) returns row
-// r. If `aligned`, rows consist of whole, aligned pieces of 16 bytes, and columns beyond the width
-// contain copies of the first piece, which no result uses; otherwise they contain zeros.
+// r. If `aligned`, rows consist of whole, aligned pieces of 16 bytes, and columns of shared memory
+// beyond the width are filled with copies of the first piece, which no result uses. Otherwise these
+// columns are filled with zeros.
 template <int kWidth, class F>
 LX_DEVICE void load_rows(float* to, int stride, int width, bool aligned, F&& row) {
     using T = std::remove_cvref_t<decltype(*row(0))>;
@@ -149,9 +150,9 @@ LX_DEVICE unsigned rows_that_see(const Row* rows, const bool* mask, int key) {
     return seen;
 }
 
-// Adds weight x value for 32 keys, in ascending order, to the sums of the warp's rows. Columns are
-// those of the lane; `total` is the sum of the weights of row lane % kOwn. Unless kFull, negative
-// weights mark keys that a row does not see.
+// Adds weight x value for 32 keys, in ascending order, to the sums of the warp's rows, in the
+// lane's columns; `total` is the sum of the weights of row lane % kOwn. Unless kFull, a negative
+// weight marks a key that a row does not see.
 template <bool kFull, int kColumns>
 LX_DEVICE void add_values(const float* weights, const float* values, int stride, float& total,
                           float (&sum)[kOwn][kColumns]) {

@@ -2,14 +2,14 @@
 // is 0 (p / q is then not a probability, and the circuit cannot have drawn x_k). Then draw from
 // max(0, p - q) at the first rejected position, or from p after the last.
 //
-// This file: one launch, a block per row of the batch. A warp per row of target computes its
-// maximum, then the sum of exp((logit - max) / T), reading from cache the second time. All
-// positions are processed at once, since otherwise most warps of the block would idle. After one
-// barrier every thread has the rejected position. Groups of lanes compute the norms of its leaves.
-// Then lanes iterate over the vocabulary; each weight of the draw costs C exponentials. To find the
-// index, the warps recompute the weights of one chunk (see draw). Bound: latency of a load, a
-// barrier and C exponentials. Above 32768 logits the bound would be bytes, and spec_verify_grid.cu
-// is used instead.
+// This file: one launch, a block per row of the batch. A warp per row of target (the model's logits
+// of one position) computes the maximum, then the sum of exp((logit - max) / T), reading from cache
+// the second time. All positions are processed at once, since otherwise most warps of the block
+// would idle. After one barrier every thread knows the rejected position. Groups of lanes compute
+// the norms of the leaves of that position. Then lanes iterate over the vocabulary; each weight of
+// the draw costs C exponentials. To find the index, the warps recompute the weights of one chunk
+// (see draw). Bound: latency of a load, a barrier and C exponentials. Above 32768 logits the bound
+// would be bytes, and spec_verify_grid.cu is used instead.
 #include "spec_verify.cuh"
 
 namespace lora_ext {
@@ -106,7 +106,7 @@ __global__ void __launch_bounds__(kThreads, 1)
             });
         });
         if (whole) break;
-        whole = true;  // p - q is positive for no token: draw from p
+        whole = true;  // no token has p > q: draw from p
     }
     if (lx::thread_rank() == 0) args.next_token[row] = lx::max(token, 0);
 }

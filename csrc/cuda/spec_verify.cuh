@@ -12,13 +12,13 @@ struct Stats {
     int argmax;
 };
 
-// Returns the number of leading tokens of a row that are evidence, which is not tested.
+// Returns the number of leading tokens of a row that are evidence. These are not tested.
 LX_DEVICE int given_tokens(const SpecVerifyArgs& args, int64_t row) {
     const int64_t given = args.num_evidence ? args.num_evidence[row] : 0;
     return static_cast<int>(lx::min(lx::max<int64_t>(given, 0), args.n_token));
 }
 
-// A drafted token and, besides the statistics of its row of target, the inputs of its test.
+// A drafted token and the inputs of its test, except the statistics of its row of target.
 struct Draft {
     int64_t token;
     float logit;  // -inf if the token is invalid
@@ -39,14 +39,15 @@ LX_DEVICE bool stands(const Draft& draft, const Stats& stats, float scale) {
     return stats.sum > 0 && draft.log_q != kImpossible && draft.uniform < expf(log_p - draft.log_q);
 }
 
-// Returns a norm that includes the posterior p of a state: p exp(logit - top - norm.log_sum) =
-// exp(logit - top - log_sum). A state of posterior 0 or without tokens contributes 0 to each token.
+// Returns the norm (top, log_sum) of a state with its posterior p included, such that exp(logit -
+// top - log_sum) = p exp(logit - norm.top - norm.log_sum). A state with posterior 0, or without a
+// possible token, contributes 0 to each token.
 LX_DEVICE Norm weight_of_state(const Norm& norm, float posterior) {
     const bool none = !(posterior > 0) || norm.log_sum == kImpossible;
     return {norm.top, none ? -kImpossible : norm.log_sum - logf(posterior)};
 }
 
-// The variant with many blocks per row (spec_verify_grid.cu), and whether it is used.
+// Returns whether the variant with many blocks per row (spec_verify_grid.cu) is used.
 bool verified_by_grid(const SpecVerifyArgs& args);
 LaunchStatus run_verify_grid(const SpecVerifyArgs& args, const Leaves& leaves, bool aligned,
                              void* stream);

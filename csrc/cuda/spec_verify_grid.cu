@@ -4,13 +4,13 @@
 //
 //   verify_target   (row, position, span)  maximum and sum of exp of 2048 logits of target
 //   verify_leaves   (row, state, span)     in every block, the rejected position from these sums;
-//                                          then maximum and sum of 2048 logits of its leaves
+//                                          then maximum and sum of 2048 logits of a leaf there
 //   verify_weights  (row, 512 tokens)      p - q of each token, stored, and their sum
 //   verify_pick     (row)                  the token, from the sums and then from the weights
 //
 // All four are needed: the choice of leaves depends on the rejected position, q on all of these
-// leaves, and the token on the sum of all weights. A row's leaves are thus read twice, from memory
-// and then from L2, and p - q is computed once.
+// leaves, and the token on the sum of all weights. A row's leaves are thus read twice, first from
+// memory and then from L2; p - q is computed once.
 //
 // A warp reads a span of 2048 logits by loads of 16 bytes per lane, all in flight at once. The
 // maxima and sums of spans are combined in a tree. In verify_weights the eight warps of a block

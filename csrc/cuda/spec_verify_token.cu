@@ -11,8 +11,8 @@ constexpr int kHalves = kBlockTokens / (kLaneTokens * lx::kWarpSize);
 // ------------------------------------------------------------------------------------------------
 // Weights
 
-// kLaneTokens logits from index `at` on, in 16-byte loads if rows are aligned. Beyond index n they
-// are other logits of the row, which the caller ignores.
+// kLaneTokens logits from index `at` on, in 16-byte loads if rows are aligned. The entries for
+// indices n and above hold other logits of the row; the caller ignores them.
 template <class L, bool kAligned>
 struct LaneLogits {
     static constexpr int kWords = kLaneTokens / kPiece<L>;
@@ -60,16 +60,16 @@ LX_DEVICE void weigh_states(const VerifySpace& space, const float* posterior, in
     lx::syncthreads();
 }
 
-// States whose leaves a lane has on their way at once: 128 bytes, or 96 on sm_100, where registers
-// would spill. The order of the sums does not depend on it.
+// Number of states whose leaves a lane loads at once: 128 bytes, or 96 on sm_100, where 128 would
+// spill registers. The order of the sums does not depend on this number.
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000 && __CUDA_ARCH__ < 1200
 constexpr int kHalfStates = 3;
 #else
 constexpr int kHalfStates = 4;
 #endif
 
-// Computes a warp's share of q for the block's tokens, the sum over states warp, warp + 8, ..., and
-// writes it to shared memory. Ends with a barrier.
+// Computes a warp's share of q for the block's tokens, that is, the sum over the states warp, warp
+// + 8, ..., and writes it to shared memory. Ends with a barrier.
 template <class L, bool kAligned>
 LX_DEVICE void share_q(const L* leaf, const Norm* states, int C, int V, int base, float* q_of) {
     constexpr int kBatch = sizeof(L) == 2 ? kHalfStates : 2;
@@ -225,7 +225,8 @@ __global__ void __launch_bounds__(lx::kWarpSize)
     const int64_t logits =
         row * args.target_stride + int64_t{decision.accepted} * target.vocabulary;
     int token = -1;
-    // The first way draws from max(0, p - q); if that is 0 for all tokens, the second draws from p.
+    // The first iteration draws from max(0, p - q); if this is 0 for all tokens, the second draws
+    // from p.
     for (int way = 0; way < 2 && token < 0; ++way) {
         const double* const sums = space.sums + (row * 2 + way) * space.blocks;
         const Place block =

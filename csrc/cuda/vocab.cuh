@@ -127,7 +127,8 @@ struct VocabRow {
     LX_DEVICE void store(int i, const float (&v)[kPiece<T>], Whole) const {
         store_values(logits + i, columns - i, Whole::value, v);
     }
-    // Adds the chunk's sum to those of earlier chunks. All threads have read what it overwrites.
+    // Adds the chunk's sum to that of earlier chunks. All threads must have read the values that
+    // this overwrites.
     LX_DEVICE void keep(bool start, float sum) const {
         sum = team.reduce(sum, add);
         if (lx::thread_rank() == 0) {

@@ -1,5 +1,5 @@
-// Divergence of each hidden state, a student, from the last one, the teacher, in a chunk of logits
-// (vocab.h): a block processes one row of the batch (vocab.cuh).
+// Divergence between the last hidden state (the teacher) and each other hidden state (a student),
+// for a chunk of logits (vocab.h): a block processes one row of the batch (vocab.cuh).
 #include "vocab.cuh"
 
 namespace lora_ext {

@@ -7,8 +7,9 @@
 
 namespace lx::emu {
 
-// When a cp.async writes its bytes: as late as its wait allows (without a wait, poison is read), at
-// issue (overwrites a stage that is still read), or one of the two, chosen by the seed.
+// When a cp.async writes its bytes. kLate: as late as its wait allows, so that a kernel without a
+// wait reads poison. kEarly: at issue, which overwrites a stage that is still read. kBySeed: one of
+// the two, chosen by the seed.
 enum class CpAsync { kBySeed, kLate, kEarly };
 
 // Launches that run at the same time. kNone: each launch runs to its end at once. Otherwise,

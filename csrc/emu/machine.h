@@ -1,6 +1,6 @@
 // State of the emulated machine: one block at a time, one fiber per thread. The blocks of a
-// resident launch take turns: a block that must wait for another block is suspended. So do
-// overlapping launches (overlap.cpp). Internal to csrc/emu.
+// resident launch take turns: a block that must wait for another block is suspended. Overlapping
+// launches take turns as well (overlap.cpp). Internal to csrc/emu.
 #pragma once
 
 #include <array>
@@ -151,9 +151,9 @@ struct Block {
     std::unique_ptr<Cell[], FreeDeleter> arena_cells;
 };
 
-// What overlapping launches know of each other.
+// State of one of several overlapping launches, for the waits between them.
 struct Overlap {
-    const unsigned* before;   // of the previous launch: its `ended`
+    const unsigned* before;   // `ended` of the previous launch
     unsigned ended = 0;       // 1 when all threads have ended
     unsigned may_go_on = 0;   // 1 when threads may pass grid_dependency_launch()
     uint64_t unreleased = 0;  // blocks that keep the next launch from starting
@@ -222,8 +222,8 @@ void wait_for_blocks(const char* what, const unsigned* counter, unsigned least, 
 constexpr int kInvalidValue = 1, kInvalidConfiguration = 9, kLaunchFailure = 719,
               kTooManyBlocks = 720;  // cudaError_t
 
-// Makes a launch the machine's. `declared` are the buffers of its LX_BUF.
 void begin_reports();
+// Makes a launch the current one of the machine. `declared` are the buffers that LX_BUF declared.
 void prepare(const Launch& launch, bool resident, void (*body)(void*), void* arguments,
              size_t argument_bytes, std::vector<Buffer> declared);
 int configuration_error();

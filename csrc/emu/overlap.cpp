@@ -1,9 +1,10 @@
 // Overlapping launches, as programmatic dependent launch allows them on a GPU, in the order that
 // most likely shows a mistake. A dependent launch starts as soon as every block of the previous
-// launch has called grid_dependency_launch() or ended, and runs up to its wait. Only then does the
-// previous launch go on: a thread that has waited stays in its call until then. A kernel that reads
-// too early thus reads old values, and one that writes too early destroys what the previous launch
-// still reads. All blocks of the launches under way take turns.
+// launch has called grid_dependency_launch() or ended, and runs up to its grid_dependency_wait().
+// Only then does the previous launch continue: until then, its threads that have passed their own
+// wait stay in grid_dependency_launch(). A kernel that reads too early thus reads old values, and
+// one that writes too early destroys data that the previous launch still reads. All blocks of the
+// launches under way take turns.
 #include <algorithm>
 #include <cstring>
 #include <memory>
@@ -14,7 +15,8 @@ namespace lx::emu {
 
 namespace {
 
-// Threads of launches under way. Each has a stack, and a process may have some 65,000 mappings.
+// Maximum number of threads of all launches under way. Each thread has a stack, and a process may
+// have about 65,000 mappings.
 constexpr int kMaxThreadsUnderWay = 16384;
 constexpr int kKeptStacks = 1024;
 
@@ -36,7 +38,7 @@ struct Queued {
 };
 std::vector<std::unique_ptr<Queued>> queue;
 
-// Makes the launch the machine's while it exists.
+// Makes a launch the current one of the machine during the lifetime of this object.
 struct Entered {
     Queued& queued;
     explicit Entered(Queued& queued) : queued(queued) {
@@ -113,7 +115,7 @@ int run_queue() {
     while (!machine.stopped) {
         if (next < queue.size() && may_start(next)) {
             if (const int error = start(next)) return error;
-            run_on(*queue[next++]);  // up to its wait, before the previous launch goes on
+            run_on(*queue[next++]);  // up to its wait, before the previous launch continues
             continue;
         }
         bool moved = false;

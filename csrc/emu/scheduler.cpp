@@ -327,9 +327,10 @@ void for_each_block(const std::function<void(uint3)>& f) {
 
 namespace {
 
-// A dependent launch may overlap earlier launches, back to the last one before whose dependents all
-// earlier launches had ended: one that is not dependent, or whose threads all wait before they let
-// the next launch start. Buffers that these launches write are not constant for this launch.
+// The chain: earlier launches that a dependent launch may overlap, because they need not have ended
+// when it starts. A launch starts a new chain if it is not dependent, or if all of its threads wait
+// before they let the next launch start: all launches before it have then ended. Buffers that
+// launches of the chain write are not constant for the dependent launch.
 struct Written {
     std::string by;
     uintptr_t begin, end;

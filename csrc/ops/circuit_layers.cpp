@@ -254,7 +254,8 @@ Tensor unit_major_values(const Tensor& val) {
     if (as_made) return val.as_strided({units, lanes}, {lanes, 1});
     Tensor copy = at::empty({units, lanes}, val.options());
     rows_of(copy, rows).copy_(val);
-    // Padding lanes get consistent values, as in the forward, so that zero flows remain zero.
+    // Padding lanes are copies of the last row: values of units must be consistent, as they are in
+    // the forward, so that flows of zero remain zero.
     copy.narrow(1, rows, lanes - rows).copy_(copy.narrow(1, rows - 1, 1));
     return copy;
 }

@@ -102,8 +102,8 @@ int64_t bytes_of_v(const LoraArgs& args) {
     return args.num_tokens * 8 * args.bank.pages_per_slot * bytes_of_rank(args);
 }
 
-// Plan, scratch memory, and kernel launch or loop on the CPU, for ids (T,), which are column
-// `column` of (T, K), or -1. Kernels that get a plan do not read the ids.
+// Plan, scratch memory, and kernel launch or loop on the CPU, for ids (T,). `column` is the column
+// of (T, K) that they are, or -1 if a row has one id. Kernels that get a plan do not read the ids.
 void execute_column(const char* op, Step step, std::span<LoraArgs> modules, const Tensor& x,
                     const Tensor& ids_in, const int32_t* plan, const char* const* names,
                     int64_t column = -1) {

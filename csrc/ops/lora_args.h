@@ -27,8 +27,8 @@ Bank bank_of(const char* op, const Tensor* a, const Tensor* b, const OptionalTen
              const OptionalTensor& ranks, const OptionalTensor& page_table, const Tensor& x,
              const char* x_name, int64_t in, int64_t out);
 
-// Checks the weights of rows, and the groups of pages, of a call with these ids; stores them in
-// `args`, whose bank is set.
+// Checks the weights of rows and the groups of pages of a call with these ids, and stores both in
+// `args`, whose bank must be set.
 void set_weights(const char* op, LoraArgs& args, Bank& bank, const OptionalTensor& weights,
                  const OptionalTensor& groups, const Tensor& ids);
 
@@ -55,14 +55,14 @@ void check_slots(const char* op, const LoraBank& w, const int32_t* plan);
 void check_groups(const char* op, LoraBank w, const LoraPlanLayout& layout, const int32_t* plan,
                   at::Device device);
 
-// Returns the arguments for a plan of `ids (T,)`, which the caller sets. A device that builds it
-// reads the ids, which must be contiguous then.
+// Returns the arguments that build a plan of ids (T,); the caller sets the memory of the plan. A
+// device that builds the plan reads the ids, which must then be contiguous.
 LoraPlanArgs plan_args(const Tensor& ids, int32_t num_adapters);
 // Fills the plan of `args`. On the CPU, raises if an id is out of range; on a device, the caller
 // must check this in debug mode.
 void build_plan(const char* op, const Tensor& ids, LoraPlanArgs args, const Tensor& like,
                 int64_t column = -1);
-// column: that of the ids among (T, K), or -1 if a row has one id.
+// column: the column of (T, K) that `ids` are, or -1 if a row has one id.
 [[noreturn]] void raise_bad_id(const char* op, const Tensor& ids, int64_t num_adapters,
                                int64_t column = -1);
 

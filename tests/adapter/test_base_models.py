@@ -1,4 +1,4 @@
-"""Warnings for adapters of different base models: one per pair of models, none for one model."""
+"""Warnings about adapters of another base model: one per pair of models, none for equal models."""
 
 import os
 import warnings
@@ -68,7 +68,7 @@ def test_warning_for_a_missing_folder_says_that_it_may_have_moved(tmp_path):
     for folder in (old, new):
         os.makedirs(folder)
     (message,) = found(lambda: BaseModels(new).meet("here", old, 1))
-    assert "the results are meaningless" in message  # Neither folder was moved.
+    assert "the results are meaningless" in message  # Both folders exist, so neither was moved.
     os.rmdir(old)
     for names in ((new, old), (old, new)):
         (message,) = found(lambda names=names: BaseModels(names[0]).meet("here", names[1], 1))

@@ -1,4 +1,4 @@
-"""Decoding benchmarks: lean passes give the model's tokens, and a draft learns from its answers."""
+"""Decoding benchmarks: ``LeanLlama`` gives the model's tokens, and a draft learns its answers."""
 
 import pytest
 
@@ -114,8 +114,8 @@ WINDOW = mtpc.MtpcConfig(2, 3, "hmm", "adapter", adapter_rank=4, bridge=32)
 @pytest.mark.slow
 @pytest.mark.parametrize(("config", "distil"), [(CHAIN, True), (CHAIN, False), (WINDOW, False)])
 def test_draft_learns_what_the_model_accepts(model, config, distil):
-    """Check also that the number of tokens per call, estimated on texts of the model, agrees with
-    the number that the decoder reports."""
+    """Check also that the number of tokens per call, estimated on texts that the model generated,
+    agrees with the number that the decoder reports."""
     draft = mtpc.retrofit(model, config, torch.arange(21))
     data = texts(model, sample=True)
     before = estimated(draft, data, "sample")

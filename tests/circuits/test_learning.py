@@ -180,7 +180,7 @@ def test_parameters_stay_finite_for_columns_that_are_always_zero_or_the_maximum(
 
 
 def test_rounded_shares_of_successes_stay_probabilities():
-    """Check flows of 1/3 and 2/3: by float32 rounding, the successes may exceed the total."""
+    """Check flows of 1/3 and 2/3: after float32 rounding, the successes may exceed the total."""
     for seed in range(50):
         circuit = circuit_of(RegionGraph.cp(2, 3, Binomial(7)), seed=seed).float()
         x = torch.full((33, 2), 7)

@@ -128,7 +128,7 @@ class OnTheHost(TorchFunctionMode):
 
 
 def timed(case: Any, device: torch.device, monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Return the host's allocations in the timed call of a case, with the small size."""
+    """Return the allocations on the host during the timed call of a case, at its small size."""
     seen = OnTheHost()
 
     def timer(call: Any, device: Any) -> list[float]:
@@ -156,7 +156,7 @@ def test_timed_call_creates_no_tensor_on_the_host(
 @pytest.mark.emulated
 @pytest.mark.parametrize("case", _gpu_cases.all_cases(), ids=lambda case: case.op)
 def test_timed_case_reads_all_inputs(case: Any, emulated: torch.device) -> None:
-    """An input that the op does not read would raise the floor of its time."""
+    """Check that the call needs every input: an unread one would raise the minimum time."""
     given = _gpu_report._inputs(case, 0, emulated)
     for missing in given.keys() - {"mask"}:  # the mask is optional
         with pytest.raises((KeyError, TypeError, ValueError), match=missing):

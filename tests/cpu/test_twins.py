@@ -1,7 +1,7 @@
-"""C++ tests of the CPU twins; with --sanitizers, with the address and undefined sanitizers.
+"""C++ tests of the CPU twins; --sanitizers adds the address and undefined-behaviour sanitizers.
 
-The twins are those of the build in place. With sanitizers, or without this build, they are compiled
-at -O1 for scalars and the widest vectors only, because -O3 would take a quarter of an hour.
+The tests link the twins of the in-place build. With sanitizers, or without such a build, twins are
+compiled at -O1, for scalars and 64-byte vectors only: all at -O3 would take a quarter of an hour.
 """
 
 from __future__ import annotations

@@ -16,7 +16,7 @@ from lora_ext.rows._pool_layer import pool_of
 from lora_ext.serving._continuous import computed_tokens
 
 NAMES = ["red", "green", None, "blue", "green", "red"]
-CLOSE = 2e-5  # of logits of about 10 in float32; an adapter changes them by more than 0.5
+CLOSE = 2e-5  # tolerance for float32 logits of about 10; an adapter changes them by more than 0.5
 
 
 def served(family: str, folder: Path, configs: Any = CONFIGS) -> tuple[Any, Any]:

@@ -151,7 +151,7 @@ def test_general_knowledge_is_subtracted_once_and_new_adapters_are_routed(
         for name in factors:
             assert torch.equal(ours.state_dict()[name], theirs.state_dict()[name])
         assert_within(found, expected, results(copy.deepcopy(theirs).double()))
-        for model in (theirs, ours):  # There are more adapters than columns after the first step.
+        for model in (theirs, ours):  # From the second step on, there are more adapters than top_k.
             if "task_new" not in model.peft_config:
                 model.load_adapter(folders[3], "task_new")
                 trained(model)
@@ -261,7 +261,7 @@ def test_dropout_of_xlora_has_a_mask_for_each_adapter(top_k: int | None, tmp_pat
     layer.train()
     with torch.no_grad():
         layer.base_layer.weight.zero_()
-        for name in layer.lora_A:  # Adapter i multiplies what it keeps of x by 10^i.
+        for name in layer.lora_A:  # Adapter i multiplies its input, after dropout, by 10^i.
             layer.lora_A[name].weight.copy_(torch.eye(WIDTH) / layer.scaling[name])
             layer.lora_B[name].weight.copy_(torch.eye(WIDTH) * 10 ** int(name))
     scalings = torch.zeros(3, 50, len(lora_layers(model)), EXPERTS)

@@ -157,7 +157,7 @@ def test_loads_into_a_full_pool_wait_on_the_host(folder: Path, tmp_path: Path) -
             new = [load("other", "a14"), load("mine", "a14")]
             assert first < new[0] < new[1]
             for name, generation in zip(("other", "mine"), new, strict=True):
-                # No generation but this one will answer, so the request does not wait for room.
+                # The requested generation was replaced, so the request fails without waiting.
                 gone = ask(server, name, adapter_generation=first)
                 assert gone.status_code == 409 and f"expected {generation}" in gone.text
             waiting = [

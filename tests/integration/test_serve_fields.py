@@ -262,7 +262,7 @@ def test_requests_of_one_batch_equal_generate_with_their_own_processors(server: 
     assert [choice["token_ids"] for choice in found] == expected * 2
     reasons = ["length", "length", "length", "stop", "stop"]
     assert [choice["finish_reason"] for choice in found] == reasons * 2
-    for i, choice in enumerate(found):  # log-probabilities do not contain the settings
+    for i, choice in enumerate(found):  # sampling settings do not change log-probabilities
         ids = torch.tensor([IDS[0] + choice["token_ids"]])
         with torch.no_grad():
             law = server.engine.model(ids, adapter_names=[f"a{i % 5 % 2}"]).logits.log_softmax(-1)

@@ -380,7 +380,7 @@ def test_exact_server_computes_the_bits_of_a_trainer(tmp_path: Any) -> None:
                 result = engine.manager.get_result(timeout=60)
                 values = [each.value for each in logprobs[result.request_id].tokens]
                 found[result.request_id] = values, result.generated_tokens
-    assert lines == []  # exact packs the model, so nothing is said about packing
+    assert lines == []  # an exact model is packed, so no line about packing is printed
     assert len(found) == 6
     for key, (sampled, tokens) in found.items():
         name = key.partition("-")[0]

@@ -1,5 +1,5 @@
-"""``wrap``, compared with get_peft_model and without PEFT, and ``unwrap``, which restores all
-bits."""
+"""``wrap``, compared with get_peft_model and also without PEFT, and ``unwrap``, which restores the
+model bitwise."""
 
 from __future__ import annotations
 

@@ -21,7 +21,7 @@ def memory(field: str) -> int:
 
 
 def main() -> None:
-    """Score the adapter, and print the peak memory beyond that before scoring."""
+    """Score the adapter, and print by how much the peak memory exceeds the memory before it."""
     adapter = LoraAdapter.load(sys.argv[1])
     Path("/proc/self/clear_refs").write_text("5")  # resets the peak
     before = memory("VmRSS")

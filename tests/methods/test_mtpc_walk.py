@@ -1,4 +1,4 @@
-"""Calls in the speculative decoder go only to lower files and pass through few of them."""
+"""Calls in the speculative decoder pass through few files, and never to one that imports theirs."""
 
 from __future__ import annotations
 

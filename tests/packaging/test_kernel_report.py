@@ -73,7 +73,7 @@ def test_only_dependent_launches_overlap_the_previous_one(lock) -> None:
 
 
 def launches_of(shape: str, kernel: str = "") -> list[str]:
-    """Return the names of the kernels of the first matching case, without template arguments."""
+    """Return the kernels of the first case with ``shape`` in its shape and this kernel prefix."""
     case = next(c for c in report.CASES if shape in c.shape and c.kernel.startswith(kernel))
     return [one.kernel.partition("<")[0] for one in case.launches]
 
@@ -97,10 +97,10 @@ def test_dx_is_read_and_written_once() -> None:
     assert case.bytes == 2 * 2 * 8192 * 4096 + 2 * 16 * 4096 + 4 * 16 * 8192
 
 
-# Estimates in us. An independent cycle model gave them for the machine code at that time; those of
-# kernels that have changed since (lora_expand, leaf, scan, depth_mix, row_attention) were recounted
-# by hand by the authors of the change, and so are not independent. A captured step now takes 0.7 us
-# less for each of its 128 shrinks, which the expand in front releases early.
+# Estimates in us. An independent cycle model gave them for the machine code of that time. Kernels
+# that have changed since (lora_expand, leaf, scan, depth_mix, row_attention) were recounted by hand
+# by the authors of the change, so these estimates are not independent. A captured step now takes
+# 0.7 us less for each of its 128 shrinks, because the expand before it lets it start early.
 RECOUNTED = [
     ("adapters: 1", "", 680, 780),
     ("adapters: 64", "", 2230, 2720),

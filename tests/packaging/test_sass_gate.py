@@ -442,7 +442,7 @@ RECORDED = {
     ],
 )
 def test_rules_leave_no_room_for_a_slower_kernel(key, label, planted):
-    """Check that every kernel of the table fails if a cost gets worse, whatever is in the lock."""
+    """Check that the limits of rules are close to the recorded costs: a worse one breaks a rule."""
     kernel_report = tool("kernel_report")
     cases = {one.kernel for case in kernel_report.CASES for one in case.launches}
     rules, judged = gate.load_rules(gate.RULES), 0

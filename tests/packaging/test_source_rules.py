@@ -1,5 +1,5 @@
-"""Rules for source files that a compiler does not enforce, such as which files may include
-which."""
+"""Rules for source files that a compiler does not enforce, such as which headers a file may
+include."""
 
 import ast
 import re

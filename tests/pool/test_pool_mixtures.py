@@ -1,4 +1,4 @@
-"""Mixtures in a pool: slots without pages, pins, tables, limits, and what a mixture refuses."""
+"""Mixtures in a pool: slots without pages, pins, tables, limits, and invalid mixtures."""
 
 from __future__ import annotations
 

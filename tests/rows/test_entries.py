@@ -105,7 +105,7 @@ def test_invalid_entries_raise_with_argument_and_value(
     assert "names" in message and text in message
 
 
-#: Invalid values for one row, which doors for one entry refuse as well.
+#: Invalid values for one row. Functions that take a single entry must also reject them.
 SINGLE = [(given, error, text) for given, error, text in HOSTILE if not isinstance(given, list)]
 
 

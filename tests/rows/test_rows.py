@@ -1,4 +1,4 @@
-"""Values that layers of equal shape, device and stream share; a captured graph shares none."""
+"""Values shared by layers with equal shape, device and stream; a captured graph shares none."""
 
 from types import SimpleNamespace
 from typing import Any
@@ -40,7 +40,7 @@ def test_values_are_not_shared_between_streams(streams: SimpleNamespace) -> None
     assert get() == get() == 2
     streams.stream = 1
     assert get() == 1
-    streams.capturing = True  # A graph must own what it reads, so no value is reused or kept.
+    streams.capturing = True  # A graph must own the tensors it reads, so no value is shared.
     assert (get(), get()) == (3, 4)
     streams.capturing = False
     assert get() == 1 and len(kept) == 2

@@ -1,4 +1,4 @@
-"""Rows with weights and mixtures in an attached model: the formula, and every way to name them."""
+"""Rows with weights and mixtures in an attached model: the formula, and every way to pass them."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ import lora_ext
 from lora_ext.adapter import LoraAdapter, merge_adapters
 from lora_ext.rows._entries import members_of
 
-#: The weights are exact in float32, in which the ops take them.
+#: The weights are exact in float32, the dtype in which the ops receive them.
 ENTRIES: list[Any] = [
     {"red": 0.5, "blue": -2.0},
     "red",

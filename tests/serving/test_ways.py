@@ -19,10 +19,10 @@ import lora_ext
 from lora_ext.rows import Block
 
 ROOT = Path(__file__).resolve().parents[2]
-# Largest number of files that a call visits: from_peft, which also looks for quantised layers,
-# routers and adapters of other kinds.
+# Maximum number of files through which one call may pass. from_peft has the largest number, because
+# it also looks for quantised layers, routers and adapters of other kinds.
 MOST_STAYS = 14
-# Functions that call back into their caller's file to make a value.
+# Functions that call a function of their caller's file to make a value.
 _MADE_TO_BE_KEPT = ("get", "keep", "_ordinary", "<module>")
 #: Packages whose calls are recorded. Calls within the pool and the ops are not.
 ROOMS = ("serving", "rows", "layers", "interop", "adapter")

@@ -31,7 +31,7 @@ def test_blocks_before_the_start_are_shared_and_later_ones_are_not(engine, refer
         ("alora", late, 64),  # The adapter reuses two cache blocks (64 tokens) of the base model.
         ("alora2", late, 64),
         ("alora", early, 32),
-        # The first block is the same, but the start is another one.
+        # The first cache block is equal, but the adapter starts elsewhere.
         ("alora", [*early, 6, 40, 41, 8], 32),
         ("alora", early, 64),  # again the prompt `early`
         (None, late, 64),

@@ -361,7 +361,8 @@ void cp_async_wait_all();
 void grid_dependency_wait();
 void grid_dependency_launch();
 
-// Math. Apart from rounding, *_approx is exact here. Tolerances of tests allow for a GPU's errors.
+// Math. Here *_approx is exact apart from rounding; the tolerances of the tests allow for the
+// larger errors of a GPU.
 inline float exp2_approx(float x) {
     const float y = std::exp2(x);
     return y < 0x1p-126f ? 0.0f : y;  // like a GPU, which flushes denormals to 0

@@ -37,8 +37,8 @@ inline int multiprocessors() {
 }
 
 namespace detail {
-// Returns value(), computed once per key. A failed result is not cached, since memory may be too
-// short to load a kernel now and suffice later.
+// Returns value(), computed once per key. A failed result is not cached, since there may be too
+// little memory to load a kernel now but enough later.
 template <class Key, class F, class Failed>
 auto kept(const Key& key, F&& value, Failed&& failed) {
     static std::mutex lock;

@@ -15,7 +15,7 @@
 //
 //   observe position k    L_k = logsumexp(cur + e_k), then cur += e_k
 //   step of a chain       cur'[z'] = logsumexp_z(cur[z] + A[z, z'])
-//   node of a tree        descend with the same step, return with
+//   node of a tree        on the way down the same step, on the way up
 //                         u[z] = logsumexp_z'(A[z, z'] + up[z'])
 //
 // Source: "Fast and Expressive Multi-Token Prediction with Probabilistic Circuits" (2511.11346).

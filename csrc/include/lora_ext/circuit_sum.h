@@ -21,8 +21,9 @@
 // Backward, from g = dout, with the terms' shares t_i = W_i exp(l_i - out), which sum to 1:
 //   dl[b, i]    = sum_o g t_i
 //   dlog W[o, i] = sum_b g t_i;   logits: minus softmax(w) sum_b g;   probs: divided by w
-// Shared weights: g t_i = ratio weight value with ratio = g / s: two more products. If out is -inf,
-// all gradients are 0. If s was rescued, ratio is 0 and the shares are added one by one.
+// With shared weights, g t_i = ratio weight value, where ratio = g / s, so the two sums are matrix
+// products as well. If out is -inf, all gradients are 0. If s was rescued, ratio is 0 and the
+// shares are added one by one.
 //
 // Source: expected flows, Darwiche 2003; the log-einsum-exp trick, Peharz et al. 2020.
 #pragma once

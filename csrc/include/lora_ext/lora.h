@@ -40,8 +40,9 @@ namespace lora_ext {
 // and likewise for b. Strides count elements.
 //
 // Ranks at or beyond an adapter's rank are not read, with one exception: if `full_pages` is true,
-// the memory exists and a whole 8-wide row of a B page (or a whole A page) may be loaded. Discard
-// its surplus lanes; do not multiply them by zero, because they may hold NaN.
+// their memory exists, and a whole 8-wide row of a B page (or a whole A page) may be loaded. The
+// surplus elements must then be discarded. They must not be multiplied by zero, because they may be
+// NaN.
 struct LoraBank {
     const void* a = nullptr;
     const void* b = nullptr;
@@ -77,7 +78,7 @@ struct LoraBank {
 // Chunks are in order of (slot, start). Chunks at or beyond num_chunks are undefined.
 enum PlanField : int32_t {
     kPlanNumChunks = 0,
-    kPlanNumActive = 1,  // rows with a valid id
+    kPlanNumActive = 1,  // rows with an adapter, that is, with an id in [0, A)
     kPlanIdentity = 2,   // 1 if perm[i] == i for all active rows
     kPlanBadIds = 3,     // rows whose id was outside [-1, A); they count as -1
     kPlanHeader = 8,

@@ -15,11 +15,12 @@
 // The products with W are a library's GEMM, called by csrc/ops; kernels or CPU twins do the rest. c
 // contains 1 / (1 - p), so the mask multiplies by 0 or 1 and no element of x is ever rounded.
 //
-// With factors (lora.h), `v` is stored without the weight w of its row and page, u = dy[t, :] b[s]:
+// With factors (lora.h), `v` is stored without the weight w of its row and page. With u = dy[t, :]
+// b[s]:
 //
 //   weighed[t, :] = w * v[t, :],  dv[t, :] = (c * u) * w,  dweights[t, g] = <u, v> over group g
 //
-// and db is computed from `weighed`, which without weights is v itself and not stored.
+// and db is computed from `weighed`. Without weights, `weighed` is not stored, because it equals v.
 //
 // Sums over tokens are accumulated in float32 (float64). Their order depends only on the adapter's
 // own rows and on the largest rank R of the bank, not on threads or on other adapters of the batch.
@@ -101,7 +102,7 @@ struct LoraTrainCpu {
     // With factors, instead of c in shrink and dv; items are chunks.
     // v = c * v; if wanted, weighed = v * w
     void (*weigh)(const LoraTrainArgs&, int64_t begin, int64_t end);
-    // dv = u, if wanted: dweights += <u, v>, dv = (c * u) * w; if wanted, weighed = v * w
+    // On entry dv is u. Each if requested: dweights += <u, v>; dv = (c * u) * w; weighed = v * w
     void (*weigh_back)(const LoraTrainArgs&, int64_t begin, int64_t end);
     // y[t, i] = x[t, i] / (1 - p) if kept, else 0; in the dtype of x, rounded once. Items are rows
     // of x and y, bank.in_features wide.

@@ -60,8 +60,8 @@ struct PackedBitsCpu {
 // kMostKernelRows rows; the bits of a row depend only on that row, W and bias. In-features are
 // processed in chunks of 32. Tensor cores add the products of a chunk with the codes in float32, to
 // a sum that starts at 0, and the sum is multiplied by the scale. Chunk c belongs to slice c % 16.
-// A slice adds its chunks in order, with those of the minimum as the twins do. Four slices in order
-// are a part, and an element starts at the bias and adds its four parts in order.
+// A slice adds its chunks in order, and the terms of the minimum as the twins do. A part is the sum
+// of four slices in order, and an element starts at the bias and adds its four parts in order.
 constexpr int64_t kMostKernelRows = 64;
 LaunchStatus launch_pack_weight(const PackedBitsArgs& args, void* stream);
 LaunchStatus launch_unpack_weight(const PackedBitsArgs& args, void* stream);
