@@ -168,8 +168,8 @@ class Kept:
         """Return the cached tensor for this key, or call ``make(*args)`` and cache the result."""
         if traced_by_python():
             return make(*args)
-        graph = capture(device)
-        if graph is not None:
+        on_cuda = device.type == "cuda"
+        if on_cuda and (graph := capture(device)) is not None:
             captured = self._captured
             if captured is None:
                 captured = self._captured = weakref.WeakKeyDictionary()
@@ -179,8 +179,7 @@ class Kept:
                 of_graph[where] = _ordinary(make, *args)
             return of_graph[where]
         self._captured = None
-        stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
-        where = (key, device, stream)
+        where = (key, device, torch.cuda.current_stream(device).cuda_stream if on_cuda else 0)
         found = self._found.get(where)
         if found is None:
             found = self._found[where] = _ordinary(make, *args)
