@@ -46,8 +46,8 @@ void for_panels(const PackedLinearArgs& args,
 // Largest magnitude of a weight, so that scales and minima are finite in float16.
 constexpr double kMaxWeight = 65504;
 
-// With 4 bits the bytes of a block are on two axes, since blocks of 8 bits and half the group have as
-// many bytes.
+// With 4 bits the bytes of a block are on two axes, since a block of 8 bits with half the group has
+// as many bytes.
 at::DimVector block_sizes(const PackedBitsArgs& args) {
     const int64_t panels = ceil_div(args.out_features, kPanel);
     const int64_t groups = args.in_features / args.group, bytes = block_bytes(args);

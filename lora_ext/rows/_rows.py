@@ -168,8 +168,8 @@ class Kept:
         """Return the cached tensor for this key, or call ``make(*args)`` and cache the result."""
         if traced_by_python():
             return make(*args)
-        on_cuda = device.type == "cuda"
-        if on_cuda and (graph := capture(device)) is not None:
+        graph = capture(device)
+        if graph is not None:
             captured = self._captured
             if captured is None:
                 captured = self._captured = weakref.WeakKeyDictionary()
@@ -179,7 +179,8 @@ class Kept:
                 of_graph[where] = _ordinary(make, *args)
             return of_graph[where]
         self._captured = None
-        where = (key, device, torch.cuda.current_stream(device).cuda_stream if on_cuda else 0)
+        stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
+        where = (key, device, stream)
         found = self._found.get(where)
         if found is None:
             found = self._found[where] = _ordinary(make, *args)

@@ -10,6 +10,7 @@ from typing import Any
 import alora
 import exact
 import experts
+import packed_accuracy
 import packed_linear
 import torch
 from experts import Case
@@ -90,6 +91,15 @@ def test_line_has_every_provider(monkeypatch: pytest.MonkeyPatch, dtype: torch.d
     assert [row.provider for row in rows] == each * len(packed_linear.ROWS)
     read = [row.provider for row in rows if row.over_reading != ""]
     assert read == ["packed", "8 bits", "4 bits"] * len(packed_linear.ROWS)
+
+
+def test_groups_of_32_are_rounded_as_by_gguf() -> None:
+    pytest.importorskip("gguf")
+    w = torch.randn(64, 128, generator=torch.Generator().manual_seed(0))
+    error = {name: (of.round(w) - w).norm() for name, (of, _) in packed_accuracy.formats().items()}
+    pairs = {"8 bits": "Q8_0", "4 bits": "Q4_0", "4 bits, minimum": "Q4_1"}
+    for ours, theirs in pairs.items():
+        assert float(error[f"{ours}, group 32"] / error[f"GGUF {theirs}"]) == pytest.approx(1, 0.01)
 
 
 def test_limits_of_products_are_checked() -> None:
