@@ -124,7 +124,7 @@ class Sweep(NamedTuple):
     """Call with copies of one weight in turn, so that a cache does not hold all of them."""
 
     call: Call
-    count: int
+    weights: int
 
     @classmethod
     def of(cls, nbytes: int, make: Callable[[], Tensor], call: Callable[[Tensor], Tensor]) -> Sweep:

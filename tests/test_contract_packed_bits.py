@@ -58,8 +58,8 @@ def test_rounded_weights_equal_the_formula_bit_for_bit(backend: Backend, scale: 
                 )
                 assert_same_bits(found, expected)
                 for wanted in bits_dtypes(backend):
-                    back = ops.unpack_weight(found, 45, 128, wanted)
-                    assert_same_bits(back, reference.unpack_weight(expected, 45, 128, wanted))
+                    back = ops.unpack_weight(found, 45, 128, dtype=wanted)
+                    assert_same_bits(back, reference.unpack_weight(expected, 45, 128, dtype=wanted))
 
 
 def test_rows_that_are_not_finite_affect_only_their_outputs(backend: Backend) -> None:
@@ -105,6 +105,6 @@ def test_fake_kernels_take_float16_beside_weights_of_8_and_4_bits() -> None:
     packed = ops.pack_weight(weight, bits=8, group=32)
     assert packed.shape == (2, 2, 32 * 32 + 64) and packed.dtype == torch.uint8
     assert ops.pack_weight(weight, bits=4).shape == (2, 1, 2, 32 * 16 + 32)
-    assert ops.unpack_weight(packed, 40, 64, torch.float16).dtype == torch.float16
+    assert ops.unpack_weight(packed, 40, 64, dtype=torch.float16).dtype == torch.float16
     y = ops.packed_linear(weight[:3], packed, None, 40)
     assert y.shape == (3, 40) and y.dtype == torch.float16

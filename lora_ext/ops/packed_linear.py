@@ -54,7 +54,7 @@ def pack_weight(
 
 
 def unpack_weight(
-    packed: Tensor, out_features: int, in_features: int, dtype: torch.dtype = torch.float32
+    packed: Tensor, out_features: int, in_features: int, *, dtype: torch.dtype = torch.float32
 ) -> Tensor:
     """Return the weight ``(O, I)`` of a packed weight of 8 or 4 bits.
 

@@ -78,11 +78,11 @@ def pack_codes(codes: Tensor, scale: Tensor, minimum: Tensor | None = None) -> T
             # An empty tensor is contiguous, with any strides.
             parts.append(columns.clone(memory_format=torch.contiguous_format).view(torch.uint8))
     packed = torch.cat(parts, 2)
-    return packed if together == 4 else packed.unflatten(2, (2, packed.shape[2] // 2))
+    return packed if together == 4 else packed.view(*packed.shape[:2], 2, packed.shape[2] // 2)
 
 
 def unpack_weight(
-    packed: Tensor, out_features: int, in_features: int, dtype: torch.dtype = torch.float32
+    packed: Tensor, out_features: int, in_features: int, *, dtype: torch.dtype = torch.float32
 ) -> Tensor:
     """Return the weight ``(O, I)`` for a packed weight of 8 or 4 bits, rounded to float32 first."""
     bits, packed = (8 if packed.dim() == 3 else 4), packed.flatten(2)

@@ -57,7 +57,8 @@ class PackedOnlyLinear(nn.Linear):
 
     def dequantised(self) -> Tensor:
         """Return the weight ``(O, I)`` as a new tensor."""
-        return ops.unpack_weight(self.packed, self.out_features, self.in_features, self.dtype)
+        out, wide = self.out_features, self.in_features
+        return ops.unpack_weight(self.packed, out, wide, dtype=self.dtype)
 
     @property
     def weight(self) -> Tensor:  # pyright: ignore[reportIncompatibleVariableOverride]
@@ -130,7 +131,7 @@ class PackedProduct(torch.autograd.Function):
         (dy,), (x, weight) = grads, ctx.saved_tensors
         dx, _, dbias, *_ = needs = ctx.needs_input_grad
         if dx and ctx.sizes is not None:
-            weight = ops.unpack_weight(weight, *ctx.sizes, dy.dtype)
+            weight = ops.unpack_weight(weight, *ctx.sizes, dtype=dy.dtype)
         dweight = None if x is None else dy.t() @ x
         each = spaced(dy) @ weight if dx else None, None, dy.sum(0) if dbias else None
         return (*each, None, None, dweight)[: len(needs)]
@@ -148,7 +149,7 @@ def packed_product(x: Tensor, packed: Tensor, bias: Tensor | None, out: int, int
     """
     if x.shape[0] <= MAX_CUDA_ROWS or not limits_rows(x):  # len(x) takes three times as long
         return ops.packed_linear(x, packed, bias, out, int8)
-    return linear(x, ops.unpack_weight(packed, out, x.shape[1], x.dtype), bias)
+    return linear(x, ops.unpack_weight(packed, out, x.shape[1], dtype=x.dtype), bias)
 
 
 def limits_rows(x: Tensor) -> bool:
