@@ -94,7 +94,7 @@ def answers(model: Any, tokenizer: Any) -> tuple[Tensor, int]:
 
 @torch.no_grad()
 def bench_accuracy(model: Any, tokenizer: Any) -> Iterator[Accuracy]:
-    """Yield the accuracy of each format for a float32 model, whose weights are changed."""
+    """Yield the accuracy of each format for a float32 model, and change its weights."""
     ids, start = answers(model, tokenizer)
     model.lm_head.weight = nn.Parameter(model.lm_head.weight.clone(), False)  # untied
     layers = [m for m in model.modules() if type(m) is nn.Linear]
