@@ -62,6 +62,16 @@ def test_rounded_weights_equal_the_formula_bit_for_bit(backend: Backend, scale: 
                     assert_same_bits(back, reference.unpack_weight(expected, 45, 128, dtype=wanted))
 
 
+def test_4_bits_keep_multiples_of_a_seventh(backend: Backend) -> None:
+    codes = torch.randint(-7, 8, (40, 128), generator=torch.Generator().manual_seed(4)).float()
+    codes[:, ::32] = torch.tensor([7.0, -7.0]).repeat(20)[:, None]
+    for weight, bound in ((codes, 0.0), (codes * 0.375, 0.0), (codes.sign() * 0.0625, 2**-11)):
+        packed = ops.pack_weight(weight.to(backend.device), bits=4, group=32)
+        assert_same_bits(packed, reference.pack_weight(weight, 4, 32, False))
+        back = ops.unpack_weight(packed, 40, 128).cpu()
+        assert ((back - weight).abs() <= bound * weight.abs()).all()
+
+
 def test_rows_that_are_not_finite_affect_only_their_outputs(backend: Backend) -> None:
     for bits, minimum in FORMATS:
         for int8 in (False, True) if backend.is_twin else (False,):

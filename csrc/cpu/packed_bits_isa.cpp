@@ -401,6 +401,19 @@ void quantise(const PackedBitsArgs& args, const T* w, uint8_t* block, int64_t c)
     // has the other sign. Adding 0 makes the scale of a group of zeros positive.
     const float peak = -low > high ? low : high;
     float base = 0, scale = kBits == 8 ? magnitude(peak) / 127 : peak / -8 + 0.0f;
+    if (kBits == 4 && !args.minimum) {
+        // Multiples of the largest magnitude / 7, as in a ternary weight, keep that scale. Its
+        // rounding to float16 moves them by at most 7 x 2^-11 of a step.
+        const uint16_t bits = float_to_half(magnitude(peak) / 7);
+        __builtin_memcpy(scales, &bits, 2);
+        const float seventh = half_to_float(scales);
+        bool whole = seventh > 0;
+        for (int64_t k = 0; whole && k < args.group; ++k) {
+            const float v = values[k] / seventh;
+            whole = magnitude(v - static_cast<float>(nearest_code(v, -7, 7))) <= 1 / 64.0f;
+        }
+        if (whole) scale = seventh;
+    }
     if (args.minimum) {
         const uint16_t bits = float_to_half(low);
         __builtin_memcpy(scales + 2 * kPanel, &bits, 2);

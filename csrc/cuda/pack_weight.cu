@@ -69,6 +69,20 @@ __global__ void __launch_bounds__(kThreads)
     // With 4 bits, the value of the largest magnitude has code -8, as in the twin.
     float scale = kBits == 8 ? fmaxf(-low, high) / 127 : (-low > high ? low : high) / -8 + 0.0f;
     float base = 0;
+    if (kBits == 4 && !minimum) {  // Multiples of the largest magnitude / 7.
+        const float seventh = lx::to_float(lx::from_float<lx::f16>(fmaxf(-low, high) / 7));
+        int whole = seventh > 0;
+        for (int octet = place.lane; octet < octets; octet += kLanes)
+#pragma unroll
+            for (int i = 0; i < kOctet; ++i) {
+                const float v = lx::to_float(lx::load_nc(w + octet * kOctet + i)) / seventh;
+                whole &= fabsf(v - static_cast<float>(nearest_code(v, -7, 7))) <= 1 / 64.0f;
+            }
+#pragma unroll
+        for (int i = 1; i < kLanes; i *= 2)
+            whole &= lx::shfl_xor_sync(lx::kFullMask, whole, i);
+        if (whole) scale = seventh;
+    }
     if (minimum) {
         base_bits = lx::from_float<lx::f16>(low);
         base = lx::to_float(base_bits);

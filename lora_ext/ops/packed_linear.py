@@ -30,7 +30,8 @@ def pack_weight(
 
     With ``bits``, the weight is rounded to the nearest multiple of a float16 scale for each
     ``group`` input features of an output: the largest magnitude of the group / 127, or with 4 bits
-    the value of the largest magnitude / -8, as in GGUF's Q4_0.
+    the value of the largest magnitude / -8, as in GGUF's Q4_0. A group of multiples of the largest
+    magnitude / 7, as in a ternary weight, keeps that scale.
 
     Args:
         weight: Weight ``(O, I)`` float32 or bfloat16 on the CPU. With ``bits``, its values are

@@ -31,7 +31,8 @@ def quantise(
         Codes ``(O, I / group, group)``: int8, or uint8 for 4 bits. Scales and, with ``minimum``,
         minima ``(O, I / group)`` float16; otherwise None. A weight is ``scale * code`` (8 bits),
         ``scale * (code - 8)`` (4 bits), or ``scale * code + minimum``. With 4 bits and no minimum,
-        the value of the largest magnitude has code 0, as in GGUF's Q4_0.
+        the value of the largest magnitude has code 0, as in GGUF's Q4_0, unless all values are
+        multiples of the largest magnitude / 7, which keep that scale.
     """
     w = weight.float().reshape(len(weight), weight.shape[1] // group, group)
     first, last = (0, 15) if minimum else (-127, 127) if bits == 8 else (-8, 7)
@@ -43,6 +44,10 @@ def quantise(
         wanted = w.abs().amax(2) / 127
     else:
         wanted = torch.where(-least > most, least, most) / -8 + 0.0
+        seventh = (w.abs().amax(2) / 7).half().float()
+        steps = w / seventh[..., None]
+        whole = ((steps - steps.round().clamp(-7, 7)).abs() <= 1 / 64).all(2)  # False for zeros
+        wanted = torch.where(whole, seventh, wanted)
     scale = wanted.half()
     # Rounds up where float16 has so few bits that the largest code would be cut.
     size = max(-first, last)
