@@ -1,12 +1,18 @@
 """Time packed weights: products of few rows relative to torch's, and SmolLM2 with 16 adapters.
 
-`python benchmarks/packed_linear.py [--matrix ops model bits widths] [--dtype bfloat16] [--check]`.
+`python benchmarks/packed_linear.py [--matrix ops model bits widths accuracy] [--dtype bfloat16]`.
 `widths` times products with spaced rows (`docs/layers.md`), `bits` the model with weights of 8 and
-4 bits. Results are checked before they are timed. `--check` exits with 1 if a decode step of 8 or
-16 rows with different adapters takes more than 0.75 of the time of torch's step without adapters,
-or if a step with 8 or 4 bits misses a limit of `BITS_LIMITS`. With `--threads 1`, times are
-processor times. `packed_twin` measures a lower bound of the products: the time to read the weight
-once (`benchmarks/packed_twin.cpp`).
+4 bits, whose accuracy `accuracy` measures (`benchmarks/packed_accuracy.py`). Results are checked
+before they are timed. With `--threads 1`, times are processor times. `packed_twin` measures the
+lower bound of the products, the time of reading the weight once (`benchmarks/packed_twin.cpp`).
+
+`--check` prints all missed limits, and exits with 1 if there is one:
+
+* A decode step of 8 or 16 rows with different adapters over packed weights takes at most 0.75 of
+  the time of torch's step without adapters.
+* Steps with 8 or 4 bits: see `BITS_LIMITS`.
+* A product takes at most 1.05 of the time of torch's linear, and for up to 8 rows at most 1.25 of
+  the time in which torch sums the packed bytes.
 """
 
 from __future__ import annotations
@@ -18,11 +24,21 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
-from common import Call, Timing, error_over_bound, interleaved
+from common import (
+    ROOT,
+    Call,
+    Timing,
+    append_rows,
+    error_over_bound,
+    interleaved,
+    machine_columns,
+)
 from lora_model import MODULES, NAMES, RANK, Step
+from packed_accuracy import bench_accuracy
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -35,8 +51,10 @@ SHAPES = ((576, 576), (576, 192), (576, 1536), (1536, 576), (576, 49152))  # of 
 ROWS = (1, 2, 4, 8, 16, 32)
 WIDTHS, WIDE_ROWS = (144, 172, 1000), (17, 128, 512)
 COLD_BYTES = 64 << 20  # total size of the weights of one shape, which are used in turn
-MOST = 0.75
-MATRICES = ("ops", "model", "bits", "widths")
+MOST = 0.75  # time of a packed step with adapters over that of torch's step without
+MOST_OF_TORCH = 1.05
+MOST_OF_READING, READ_ROWS = 1.25, 8  # READ_ROWS: largest number of rows with this limit
+MATRICES = ("ops", "model", "bits", "widths", "accuracy")
 GROUP = 64  # input features per scale of a weight of 8 or 4 bits
 #: Rows, a step, the step by which its time is divided, and the largest quotient.
 BITS_LIMITS = (
@@ -70,26 +88,85 @@ def has_onednn(dtype: torch.dtype) -> bool:
     return dtype != torch.bfloat16 or torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
-def products(x: Tensor, weights: list[Tensor]) -> dict[str, Call]:
-    """Return, by provider, a call that multiplies x by all weights, one after another."""
-    rows = x.shape[0]
-    packed = [ops.pack_weight(w) for w in weights]
-    out = weights[0].shape[0]
-    each: dict[str, tuple[list[Tensor], Callable[[Tensor], Tensor]]] = {
-        "F.linear": (weights, lambda w: F.linear(x, w)),
-        "packed": (packed, lambda w: ops.packed_linear(x, w, None, out)),
+class Row(NamedTuple):
+    """Row of results/packed_cpu.csv."""
+
+    matrix: str
+    case: str
+    provider: str
+    dtype: str
+    in_features: int | str
+    out_features: int | str
+    unit: str
+    time: float  # of a product the least of all rounds, of a step the median
+    over_base: float  # time over that of torch's linear, or of the step without adapters
+    over_reading: float | str  # time over that of reading the packed bytes, in the same rounds
+
+    def __str__(self) -> str:
+        """Return one line for the terminal."""
+        size = f", {self.in_features} -> {self.out_features}" if self.matrix == "ops" else ""
+        read = f", {self.over_reading:.2f} of reading" if self.over_reading != "" else ""
+        time = f"{self.time:8.1f} {self.unit}, {self.over_base:.2f} of base{read}"
+        return f"{self.case}{size}: {self.provider:11} {time}"
+
+    def missed(self) -> Iterator[str]:
+        """Yield the limits that the row misses."""
+        if self.matrix != "ops" or self.provider in ("F.linear", "oneDNN"):
+            return
+        if self.over_base > MOST_OF_TORCH:
+            yield f"{self}: more than {MOST_OF_TORCH} of torch's linear"
+        rows = int(self.case.split()[0])
+        if rows <= READ_ROWS and float(self.over_reading) > MOST_OF_READING:
+            yield f"{self}: more than {MOST_OF_READING} of reading"
+
+
+class Sweep(NamedTuple):
+    """Call with copies of one weight in turn, so that a cache does not hold all of them."""
+
+    call: Call
+    weights: int
+
+    @classmethod
+    def of(cls, nbytes: int, make: Callable[[], Tensor], call: Callable[[Tensor], Tensor]) -> Sweep:
+        """Return the sweep of ``call`` over copies that ``make`` returns."""
+        kept = [make() for _ in range(max(1, COLD_BYTES // nbytes))]
+        return cls(functools.partial(_all, kept, call), len(kept))
+
+
+def products(x: Tensor, weight: Tensor) -> dict[str, Sweep]:
+    """Return, by provider, products of x with a weight, and reading of each packed weight."""
+    (rows, wide), out, size = x.shape, weight.shape[0], weight.nbytes
+    each: dict[str, tuple[Tensor, Tensor, Callable[[Tensor], Tensor]]] = {
+        "F.linear": (weight, weight, lambda w: F.linear(x, w)),
+        "packed": (weight, ops.pack_weight(weight), lambda w: ops.packed_linear(x, w, None, out)),
     }
     if has_onednn(x.dtype):
         each["oneDNN"] = (
-            [torch.ops.mkldnn._reorder_linear_weight(w, 16) for w in weights],
+            weight,
+            torch.ops.mkldnn._reorder_linear_weight(weight, 16),
             lambda w: torch.ops.mkldnn._linear_pointwise(x, w, None, "none", [], ""),
         )
-    exact, peer = x.double() @ weights[0].double().t(), F.linear(x, weights[0])
-    for name, (kept, call) in each.items():
-        if not (worst := error_over_bound(call(kept[0]), peer, exact)) <= 1:
-            case = f"{name}, {rows} rows of {x.shape[1]} -> {out}"
+    for bits in (8, 4) if wide % GROUP == 0 else ():
+        codes = ops.pack_weight(weight, bits=bits, group=GROUP)
+        each[f"{bits} bits"] = (
+            ops.unpack_weight(codes, out, wide),
+            codes,
+            lambda w: ops.packed_linear(x, w, None, out),
+        )
+    found: dict[str, Sweep] = {}
+    for name, (plain, kept, call) in each.items():
+        peer, exact = F.linear(x, plain.to(x.dtype)), x.double() @ plain.double().t()
+        if not (worst := error_over_bound(call(kept), peer, exact)) <= 1:
+            case = f"{name}, {rows} rows of {wide} -> {out}"
             raise SystemExit(f"packed_linear: {case}: off by {worst:.2g} times its bound")
-    return {name: functools.partial(_all, kept, call) for name, (kept, call) in each.items()}
+        opaque = kept.layout != torch.strided
+        nbytes = size if opaque else kept.nbytes
+        found[name] = Sweep.of(nbytes, lambda kept=kept: kept.clone(), call)
+        if name == "packed" or kept.dtype == torch.uint8:
+            words = kept.view(torch.uint8).view(torch.float32)
+            read = Sweep.of(nbytes, lambda words=words: words.clone(), torch.sum)
+            found[f"{name}, reading"] = read
+    return found
 
 
 def _all(weights: list[Tensor], call: Any) -> None:
@@ -97,23 +174,27 @@ def _all(weights: list[Tensor], call: Any) -> None:
         call(w)
 
 
-def bench_ops(dtype: torch.dtype, rounds: int) -> Iterator[str]:
+def bench_ops(dtype: torch.dtype, rounds: int) -> Iterator[Row]:
     """Yield rows with the least time of each provider, or least processor time with one thread."""
     clock = time.thread_time if torch.get_num_threads() == 1 else time.perf_counter
     for wide, out in SHAPES:
-        count = max(1, COLD_BYTES // (wide * out * dtype.itemsize))
-        weights = [torch.randn(out, wide).to(dtype) for _ in range(count)]
+        weight = torch.randn(out, wide).to(dtype)
         for rows in ROWS:
-            calls = products(torch.randn(rows, wide).to(dtype), weights)
-            least = dict.fromkeys(calls, float("inf"))
+            sweeps = products(torch.randn(rows, wide).to(dtype), weight)
+            least = dict.fromkeys(sweeps, float("inf"))
             for _ in range(rounds):
-                for name, call in calls.items():
+                for name, (call, count) in sweeps.items():
                     start = clock()
                     call()
                     least[name] = min(least[name], (clock() - start) / count)
-            times = "  ".join(f"{name} {t * 1e6:8.1f} us" for name, t in least.items())
-            gain = least["F.linear"] / least["packed"]
-            yield f"{wide:5} -> {out:5}, {rows:2} rows: {times}  {gain:.2f} x"
+            for name in sweeps:
+                if name.endswith("reading"):
+                    continue
+                own, reading = least[name], least.get(f"{name}, reading")
+                yield Row(
+                    "ops", f"{rows} rows", name, str(dtype)[6:], wide, out, "us", own * 1e6,
+                    own / least["F.linear"], "" if reading is None else own / reading,
+                )  # fmt: skip
 
 
 def bench_widths(dtype: torch.dtype, rounds: int) -> Iterator[str]:
@@ -270,41 +351,58 @@ def main() -> int:
     parser.add_argument("--threads", type=int, default=min(2, os.cpu_count() or 1))
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--check", action="store_true")
+    parser.add_argument(
+        "--out", type=Path, default=ROOT / "out" / "bench", help="folder of the csv"
+    )
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
-    dtype = getattr(torch, args.dtype)
+    dtype, missed = getattr(torch, args.dtype), list[str]()
+
+    def keep(row: NamedTuple, name: str = "packed_cpu") -> None:
+        columns = {k: f"{v:.4g}" if isinstance(v, float) else v for k, v in row._asdict().items()}
+        append_rows(args.out / f"{name}.csv", [{**machine_columns(), **columns}])
+        print(row, flush=True)
+
     if "ops" in args.matrix:
         with torch.inference_mode():
-            for line in bench_ops(dtype, args.rounds):
-                print(line, flush=True)
+            for row in bench_ops(dtype, args.rounds):
+                keep(row)
+                missed += row.missed()
     if "widths" in args.matrix:
         with torch.inference_mode():
             for line in bench_widths(dtype, args.rounds):
                 print(line, flush=True)
-    missed = False
     if "bits" in args.matrix:
         models = bits_engines(dtype)
         for rows, times in bench_bits(models, args.rounds):
-            _print_steps(rows, times)
+            for row in step_rows("bits", rows, times, args.dtype):
+                keep(row)
             for limited, name, under, most in BITS_LIMITS:
                 if limited == rows and (over := times[name].over(times[under])) > most:
-                    missed = True
-                    print(f"missed: {rows} rows, {name}: {over:.2f} of {under}, at most {most}")
+                    missed.append(f"{rows} rows, {name}: {over:.2f} of {under}, at most {most}")
     if "model" in args.matrix:
         models = engines(dtype)
         print(f"packed copies: {nn.packed_bytes(models['packed']) / 1e6:.0f} MB")
         for rows, times in bench_model(models, dtype, args.rounds):
-            _print_steps(rows, times)
-            over = times["packed"].over(times["base"])
-            missed |= rows > 1 and over > MOST
-    return int(args.check and missed)
+            for row in step_rows("model", rows, times, args.dtype):
+                keep(row)
+            if rows > 1 and (over := times["packed"].over(times["base"])) > MOST:
+                missed.append(f"{rows} rows, packed: {over:.2f} of base, at most {MOST}")
+    if "accuracy" in args.matrix:
+        for found in bench_accuracy(*load_smollm2()):
+            keep(found, "packed_accuracy")
+    if args.check:
+        print(*(f"missed: {line}" for line in missed), sep="\n")
+    return int(args.check and bool(missed))
 
 
-def _print_steps(rows: int, times: Mapping[str, Timing]) -> None:
+def step_rows(matrix: str, rows: int, times: Mapping[str, Timing], dtype: str) -> Iterator[Row]:
+    """Yield the rows of decode steps."""
+    case = f"decode {rows} rows of {rows} adapters"
     for name, t in times.items():
         over = t.over(times["base"])
-        print(f"{rows:2} rows, {name:11}: {t.median * 1e3:7.1f} ms, {over:.2f} of base", flush=True)
+        yield Row(matrix, case, name, dtype, "", "", "ms", t.median * 1e3, over, "")
 
 
 if __name__ == "__main__":

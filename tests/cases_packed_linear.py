@@ -174,6 +174,7 @@ def checks() -> Iterator[Check]:
         packed = ops.pack_weight(w, bits=bits, group=32, minimum=minimum)
         yield "pack_weight", (w, bits, 32, minimum)
         yield "unpack_weight", (packed, 40, 64)
+        yield "unpack_weight", (packed, 40, 64, torch.bfloat16)
         yield "packed_linear", (w[:3].contiguous(), packed, w[:, 0].contiguous(), 40, bits == 8)
     for dtype in DTYPES:
         x, weight, bias = make((5, 33, 40), dtype, exact=False)
@@ -193,7 +194,7 @@ def wrong(device: str) -> list[Wrong]:
     deep = torch.zeros(40, 64)
     eight: dict[str, Any] = {"bits": 8, "group": 32}
     packed, of_bits = pack(deep, **eight), r"packed: expected pack_weight\(\) of a weight"
-    holed, huge = deep.clone(), deep.clone()
+    thin_row, holed, huge = deep[:, :32].contiguous(), deep.clone(), deep.clone()
     holed[3, 5], huge[3, 5] = torch.nan, -1e5
     of_bits_weights = [
         ("bits: expected None, 8 or 4, found 3", deep, {"bits": 3}),
@@ -212,6 +213,9 @@ def wrong(device: str) -> list[Wrong]:
         (rf"{of_bits} \(40, 64\) with bits=8 or 4, found \[2, 2, 1087", deep[:3],
          packed[..., 1:].contiguous(), None, 40),
         (rf"{of_bits} \(65, 64\)", deep[:3], packed, None, 65),
+        # Blocks of 4 bits have as many bytes as those of 8 bits with half the group.
+        (rf"{of_bits} \(40, 32\).*found \[2, 1, 2, 544", thin_row, pack(deep, bits=4), None, 40),
+        (rf"{of_bits} \(40, 64\).*found \[2, 1, 1088", deep[:3], pack(thin_row, **eight), None, 40),
         (rf"{of_bits} \(40, 4\)", x, packed, None, 40),
         (r"bias: expected shape \(O,\) = \[40\]", deep[:3], packed, torch.zeros(64), 40),
         ("int8: expected False for a weight that has no codes, found True", x, pack(w), None, 40,

@@ -57,8 +57,19 @@ def test_rounded_weights_equal_the_formula_bit_for_bit(backend: Backend, scale: 
                     weight.to(backend.device), bits=bits, group=group, minimum=minimum
                 )
                 assert_same_bits(found, expected)
-                back = ops.unpack_weight(found, 45, 128)
-                assert_same_bits(back, reference.unpack_weight(expected, 45, 128))
+                for wanted in bits_dtypes(backend):
+                    back = ops.unpack_weight(found, 45, 128, dtype=wanted)
+                    assert_same_bits(back, reference.unpack_weight(expected, 45, 128, dtype=wanted))
+
+
+def test_4_bits_keep_multiples_of_a_seventh(backend: Backend) -> None:
+    codes = torch.randint(-7, 8, (40, 128), generator=torch.Generator().manual_seed(4)).float()
+    codes[:, ::32] = torch.tensor([7.0, -7.0]).repeat(20)[:, None]
+    for weight, bound in ((codes, 0.0), (codes * 0.375, 0.0), (codes.sign() * 0.0625, 2**-11)):
+        packed = ops.pack_weight(weight.to(backend.device), bits=4, group=32)
+        assert_same_bits(packed, reference.pack_weight(weight, 4, 32, False))
+        back = ops.unpack_weight(packed, 40, 128).cpu()
+        assert ((back - weight).abs() <= bound * weight.abs()).all()
 
 
 def test_rows_that_are_not_finite_affect_only_their_outputs(backend: Backend) -> None:
@@ -103,5 +114,7 @@ def test_fake_kernels_take_float16_beside_weights_of_8_and_4_bits() -> None:
     weight = torch.empty(40, 64, dtype=torch.float16, device="meta")
     packed = ops.pack_weight(weight, bits=8, group=32)
     assert packed.shape == (2, 2, 32 * 32 + 64) and packed.dtype == torch.uint8
+    assert ops.pack_weight(weight, bits=4).shape == (2, 1, 2, 32 * 16 + 32)
+    assert ops.unpack_weight(packed, 40, 64, dtype=torch.float16).dtype == torch.float16
     y = ops.packed_linear(weight[:3], packed, None, 40)
     assert y.shape == (3, 40) and y.dtype == torch.float16

@@ -398,9 +398,24 @@ void quantise(const PackedBitsArgs& args, const T* w, uint8_t* block, int64_t c)
         high = k == 0 || values[k] > high ? values[k] : high;
     }
     uint8_t* scales = block + code_bytes(args) + 2 * c;
-    const float most = -low > high ? -low : high;
-    constexpr float kMost = kBits == 8 ? 127 : 7;
-    float base = 0, scale = most / kMost;
+    const auto magnitude = [](float v) { return v < 0 ? -v : v; };
+    // With 4 bits, the value of the largest magnitude has code -8, as in GGUF's Q4_0, and the scale
+    // has the other sign. Adding 0 makes the scale of a group of zeros positive.
+    const float peak = -low > high ? low : high;
+    float base = 0, scale = kBits == 8 ? magnitude(peak) / 127 : peak / -8 + 0.0f;
+    if (kBits == 4 && !args.minimum) {
+        // Multiples of the largest magnitude / 7, as in a ternary weight, keep that scale. Its
+        // rounding to float16 moves them by at most 7 x 2^-11 of a step.
+        const uint16_t bits = float_to_half(magnitude(peak) / 7);
+        __builtin_memcpy(scales, &bits, 2);
+        const float seventh = half_to_float(scales);
+        bool whole = seventh > 0;
+        for (int64_t k = 0; whole && k < args.group; ++k) {
+            const float v = values[k] / seventh;
+            whole = magnitude(v - static_cast<float>(nearest_code(v, -7, 7))) <= 1 / 64.0f;
+        }
+        if (whole) scale = seventh;
+    }
     if (args.minimum) {
         const uint16_t bits = float_to_half(low);
         __builtin_memcpy(scales + 2 * kPanel, &bits, 2);
@@ -411,15 +426,14 @@ void quantise(const PackedBitsArgs& args, const T* w, uint8_t* block, int64_t c)
     uint16_t bits = float_to_half(scale);
     __builtin_memcpy(scales, &bits, 2);
     // A small scale (float16 has few bits there) is rounded up if the largest code would be cut.
-    const int first = args.minimum ? 0 : static_cast<int>(-kMost);
-    const int last = args.minimum ? 15 : static_cast<int>(kMost);
-    if (half_to_float(scales) * (static_cast<float>(last) + 0.5f) <
-        scale * static_cast<float>(last))
-        ++bits;
+    const int first = args.minimum ? 0 : kBits == 8 ? -127 : -8;
+    const int last = args.minimum ? 15 : kBits == 8 ? 127 : 7;
+    const float most = args.minimum ? 15 : kBits == 8 ? 127 : 8;  // magnitude of a code
+    if (magnitude(half_to_float(scales)) * (most + 0.5f) < magnitude(scale) * most) ++bits;
     __builtin_memcpy(scales, &bits, 2);
     const float rounded = half_to_float(scales);
     for (int64_t k = 0; k < args.group; ++k) {
-        const int code = rounded > 0 ? nearest_code((values[k] - base) / rounded, first, last) : 0;
+        const int code = rounded != 0 ? nearest_code((values[k] - base) / rounded, first, last) : 0;
         set_code<kBits>(block, c, k, kBits == 4 && !args.minimum ? code + 8 : code);
     }
 }

@@ -64,21 +64,37 @@ __global__ void __launch_bounds__(kThreads)
         low = fminf(low, lx::shfl_xor_sync(lx::kFullMask, low, i));
         high = fmaxf(high, lx::shfl_xor_sync(lx::kFullMask, high, i));
     }
-    constexpr float kMost = kBits == 8 ? 127 : 7;
     const bool minimum = kBits == 4 && args.minimum;
     lx::f16 base_bits = lx::from_float<lx::f16>(0);
-    float scale = fmaxf(-low, high) / kMost, base = 0;
+    // With 4 bits, the value of the largest magnitude has code -8, as in the twin.
+    float scale = kBits == 8 ? fmaxf(-low, high) / 127 : (-low > high ? low : high) / -8 + 0.0f;
+    float base = 0;
+    if (kBits == 4 && !minimum) {  // Multiples of the largest magnitude / 7.
+        const float seventh = lx::to_float(lx::from_float<lx::f16>(fmaxf(-low, high) / 7));
+        int whole = seventh > 0;
+        for (int octet = place.lane; octet < octets; octet += kLanes)
+#pragma unroll
+            for (int i = 0; i < kOctet; ++i) {
+                const float v = lx::to_float(lx::load_nc(w + octet * kOctet + i)) / seventh;
+                whole &= fabsf(v - static_cast<float>(nearest_code(v, -7, 7))) <= 1 / 64.0f;
+            }
+#pragma unroll
+        for (int i = 1; i < kLanes; i *= 2)
+            whole &= lx::shfl_xor_sync(lx::kFullMask, whole, i);
+        if (whole) scale = seventh;
+    }
     if (minimum) {
         base_bits = lx::from_float<lx::f16>(low);
         base = lx::to_float(base_bits);
         scale = fmaxf((high - base) / 15, 0.0f);
     }
     uint16_t bits = lx::bit_cast<uint16_t>(lx::from_float<lx::f16>(scale));
-    const int first = minimum ? 0 : static_cast<int>(-kMost);
-    const int last = minimum ? 15 : static_cast<int>(kMost);
+    const int first = minimum ? 0 : kBits == 8 ? -127 : -8;
+    const int last = minimum ? 15 : kBits == 8 ? 127 : 7;
     // Rounds a small scale up if the largest code would be clipped, as the CPU twin does.
-    const float most = static_cast<float>(last);
-    if (lx::to_float(lx::bit_cast<lx::f16>(bits)) * (most + 0.5f) < scale * most) ++bits;
+    const float most = minimum ? 15 : kBits == 8 ? 127 : 8;
+    const float stored = fabsf(lx::to_float(lx::bit_cast<lx::f16>(bits)));
+    if (stored * (most + 0.5f) < fabsf(scale) * most) ++bits;
     const float rounded = lx::to_float(lx::bit_cast<lx::f16>(bits));
     for (int octet = place.lane; octet < octets; octet += kLanes) {
         uint32_t* const words = place.words(octet, kBits);
@@ -88,7 +104,7 @@ __global__ void __launch_bounds__(kThreads)
 #pragma unroll
             for (int k = 0; k < 32 / kBits; ++k) {
                 const float v = lx::to_float(lx::load_nc(w + octet * kOctet + 4 * i + k));
-                int code = rounded > 0 ? nearest_code((v - base) / rounded, first, last) : 0;
+                int code = rounded != 0 ? nearest_code((v - base) / rounded, first, last) : 0;
                 if (kBits == 4 && !minimum) code += 8;
                 const unsigned bits_of_code = exists ? static_cast<unsigned>(code) : 0;
                 word |= (bits_of_code & ((1u << kBits) - 1)) << (8 * (k % 4) + 4 * (k / 4));
@@ -102,7 +118,21 @@ __global__ void __launch_bounds__(kThreads)
     if (minimum) place.scales(args)[kPanel] = exists ? base_bits : lx::bit_cast<lx::f16>(none);
 }
 
-template <int kBits>
+// Stores an octet, each value rounded once, in accesses of 16 bytes.
+template <class T>
+LX_DEVICE void store_octet(T* to, const float (&v)[kOctet]) {
+    uint4* const at = reinterpret_cast<uint4*>(to);
+    if constexpr (sizeof(T) == 2) {
+        at[0] = {lx::pack_floats<T>(v[0], v[1]), lx::pack_floats<T>(v[2], v[3]),
+                 lx::pack_floats<T>(v[4], v[5]), lx::pack_floats<T>(v[6], v[7])};
+    } else {
+        const auto bits = [&](int i) { return lx::bit_cast<uint32_t>(v[i]); };
+        at[0] = {bits(0), bits(1), bits(2), bits(3)};
+        at[1] = {bits(4), bits(5), bits(6), bits(7)};
+    }
+}
+
+template <class T, int kBits>
 __global__ void __launch_bounds__(kThreads)
     unpack_weight_kernel(const __grid_constant__ PackedBitsArgs args) {
     const Place place(args);
@@ -112,8 +142,8 @@ __global__ void __launch_bounds__(kThreads)
     const lx::f16* const scales = place.scales(args);
     const float scale = lx::to_float(scales[0]);
     const float base = minimum ? lx::to_float(scales[kPanel]) : 0.0f;
-    float* const to = static_cast<float*>(args.weight) + place.output * args.in_features +
-                      place.group * args.group;
+    T* const to =
+        static_cast<T*>(args.weight) + place.output * args.in_features + place.group * args.group;
     for (int octet = place.lane; octet < octets; octet += kLanes) {
         float v[kOctet];
 #pragma unroll
@@ -128,9 +158,7 @@ __global__ void __launch_bounds__(kThreads)
                 v[kBits == 8 ? 4 * i + k : k] = fmaf(static_cast<float>(code), scale, base);
             }
         }
-        float4* const at = reinterpret_cast<float4*>(to + octet * kOctet);
-        at[0] = {v[0], v[1], v[2], v[3]};
-        at[1] = {v[4], v[5], v[6], v[7]};
+        store_octet(to + octet * kOctet, v);
     }
 }
 
@@ -171,10 +199,14 @@ LaunchStatus launch_unpack_weight(const PackedBitsArgs& args, void* stream) {
     if (grid.empty) return 0;
     if (!grid.fits) return kInvalidValue;
     LX_BUF(args.packed, grid.packed_bytes, lx::Access::kConstant);
-    LX_BUF(args.weight, args.out_features * args.in_features * 4, lx::Access::kWrite);
-    return args.bits == 8
-               ? LX_LAUNCH(unpack_weight_kernel<8>, grid.blocks, kThreads, 0, stream, args)
-               : LX_LAUNCH(unpack_weight_kernel<4>, grid.blocks, kThreads, 0, stream, args);
+    LX_BUF(args.weight, args.out_features * args.in_features * element_size(args.dtype),
+           lx::Access::kWrite);
+    return with_dtype(args.dtype, [&]<class T>() {
+        return args.bits == 8
+                   ? LX_LAUNCH((unpack_weight_kernel<T, 8>), grid.blocks, kThreads, 0, stream, args)
+                   : LX_LAUNCH((unpack_weight_kernel<T, 4>), grid.blocks, kThreads, 0, stream,
+                               args);
+    });
 }
 
 }  // namespace lora_ext

@@ -46,13 +46,20 @@ void for_panels(const PackedLinearArgs& args,
 // Largest magnitude of a weight, so that scales and minima are finite in float16.
 constexpr double kMaxWeight = 65504;
 
+// With 4 bits the bytes of a block are on two axes, since a block of 8 bits with half the group has
+// as many bytes.
 at::DimVector block_sizes(const PackedBitsArgs& args) {
-    return {ceil_div(args.out_features, kPanel), args.in_features / args.group, block_bytes(args)};
+    const int64_t panels = ceil_div(args.out_features, kPanel);
+    const int64_t groups = args.in_features / args.group, bytes = block_bytes(args);
+    if (args.bits == 4) return {panels, groups, 2, bytes / 2};
+    return {panels, groups, bytes};
 }
 
-void for_blocks(const PackedBitsArgs& args, void (*twin)(const PackedBitsArgs&, int64_t, int64_t)) {
+// Runs a twin on all panels; `times` is its time over that of reading the weight.
+void for_blocks(const PackedBitsArgs& args, void (*twin)(const PackedBitsArgs&, int64_t, int64_t),
+                int64_t times = 1) {
     for_items(ceil_div(args.out_features, kPanel),
-              args.in_features / args.group * block_bytes(args), kSerialBytes,
+              args.in_features / args.group * block_bytes(args) * times, kSerialBytes,
               [&](int64_t begin, int64_t end) { twin(args, begin, end); });
 }
 
@@ -70,7 +77,7 @@ void read_layout(const char* op, const Tensor& packed, PackedBitsArgs& args) {
             expected("pack_weight() with bits=8 or 4, a uint8 tensor"),
             found(packed.scalar_type()));
     bool known = false;
-    const int64_t groups = packed.dim() == 3 ? packed.size(1) : 0;
+    const int64_t groups = packed.dim() > 1 ? packed.size(1) : 0;
     for (const int64_t group : {32, 64, 128})
         for (const auto& [bits, minimum] : {std::pair{8, false}, {4, false}, {4, true}}) {
             PackedBitsArgs each = args;
@@ -208,7 +215,8 @@ Tensor product_of_bits(const char* op, const Tensor& x, const Tensor& packed,
     if (args.sums || args.codes)
         for_items(args.rows, args.in_features * 4, kSerialBytes,
                   [&](int64_t begin, int64_t end) { twins.prepare(args, begin, end); });
-    for_blocks(args, twins.product);
+    // Widening and multiplying codes takes longer than reading them, from about 4 rows on.
+    for_blocks(args, twins.product, 1 + 2 * args.rows / args.bits);
     return y;
 }
 
@@ -233,7 +241,8 @@ Tensor pack_weight(const Tensor& weight, std::optional<int64_t> bits, int64_t gr
     return packed;
 }
 
-Tensor unpack_weight(const Tensor& packed, int64_t out_features, int64_t in_features) {
+Tensor unpack_weight(const Tensor& packed, int64_t out_features, int64_t in_features,
+                     std::optional<at::ScalarType> dtype) {
     const char* op = "unpack_weight";
     require(out_features >= 0, op, "out_features", expected("at least 0"), found(out_features));
     require(in_features >= 0, op, "in_features", expected("at least 0"), found(in_features));
@@ -241,16 +250,19 @@ Tensor unpack_weight(const Tensor& packed, int64_t out_features, int64_t in_feat
     args.out_features = out_features;
     args.in_features = in_features;
     read_layout(op, packed, args);
-    Tensor weight = at::empty({out_features, in_features}, packed.options().dtype(at::kFloat));
-    if (weight.numel() == 0) return weight;
+    const bool kernel = launches_kernels(packed);
+    const at::ScalarType wanted = dtype.value_or(at::kFloat), made = kernel ? wanted : at::kFloat;
+    Tensor weight = at::empty({out_features, in_features}, packed.options().dtype(made));
+    args.dtype = bits_dtype(op, "dtype", weight);
     args.weight = weight.mutable_data_ptr();
-    if (launches_kernels(packed)) {
+    if (weight.numel() == 0) return weight.to(wanted);
+    if (kernel) {
         const c10::DeviceGuard guard(packed.device());
         check_launch(op, launch_unpack_weight(args, current_stream(packed)));
     } else {
         for_blocks(args, chosen_twins<PackedBitsCpu>().unpack);
     }
-    return weight;
+    return weight.to(wanted);
 }
 
 Tensor packed_linear(const Tensor& x, const Tensor& packed, const OptionalTensor& bias,

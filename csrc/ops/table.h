@@ -213,7 +213,8 @@ inline constexpr std::tuple kOps{
         "pack_weight",
         "(Tensor weight, int? bits=None, int group=64, bool minimum=False) -> Tensor"},
     Op<&unpack_weight>{
-        "unpack_weight", "(Tensor packed, int out_features, int in_features) -> Tensor"},
+        "unpack_weight",
+        "(Tensor packed, int out_features, int in_features, ScalarType? dtype=None) -> Tensor"},
     NoGradient<&packed_linear, kPacked>{
         "packed_linear",
         "(Tensor x, Tensor packed, Tensor? bias, int out_features, bool int8=False) -> Tensor"},

@@ -565,18 +565,20 @@ def packing(bits: int) -> Case:
     return compared("pack_weight", "pack_weight", make, op=f"pack_weight, {bits} bits", **how)
 
 
-def unpacking(bits: int) -> Case:
+def unpacking(bits: int, dtype: torch.dtype = torch.float32) -> Case:
     """Return the case that computes the weight of packed codes."""
 
     def make(g: torch.Generator, size: int) -> Inputs:
         return only(partial(_packed_inputs, 1, bits, False), "packed")(g, size)
 
     def sizes(given: Inputs) -> Inputs:
-        panels, groups, _ = given["packed"].shape
-        return {**given, "out_features": panels * 32, "in_features": groups * 64}
+        panels, groups = given["packed"].shape[:2]
+        wide = {"out_features": panels * 32, "in_features": groups * 64}
+        return {**given, **wide, "dtype": dtype}
 
-    name = "unpack_weight"
-    return compared(name, name, make, arguments=sizes, op=f"{name}, {bits} bits")
+    name, exact = "unpack_weight", dtype != torch.float32
+    op = f"{name}, {bits} bits{f', {str(dtype)[6:]}' * exact}"
+    return compared(name, name, make, arguments=sizes, op=op, exact=exact)
 
 
 def all_cases() -> list[Case]:

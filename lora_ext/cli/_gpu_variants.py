@@ -61,6 +61,7 @@ def _paths() -> list[Case]:
     ]
     return [
         *(_in(case, dtype) for case in variants for dtype in _BOUNDS),
+        *(cases.unpacking(bits, half) for bits in (8, 4) for half in (torch.bfloat16, torch.half)),
         *_gram_paths(),
         *_layers_paths(),
     ]

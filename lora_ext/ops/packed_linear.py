@@ -29,7 +29,9 @@ def pack_weight(
     """Copy a weight into panels of 32 output features, padded with zeros beyond ``O``.
 
     With ``bits``, the weight is rounded to the nearest multiple of a float16 scale for each
-    ``group`` input features of an output: the largest magnitude of the group / 127 or / 7.
+    ``group`` input features of an output: the largest magnitude of the group / 127, or with 4 bits
+    the value of the largest magnitude / -8, as in GGUF's Q4_0. A group of multiples of the largest
+    magnitude / 7, as in a ternary weight, keeps that scale.
 
     Args:
         weight: Weight ``(O, I)`` float32 or bfloat16 on the CPU. With ``bits``, its values are
@@ -43,8 +45,8 @@ def pack_weight(
         For float32, ``(ceil(O / 32), I, 32)``, with the input features of a panel in order. For
         bfloat16, ``(ceil(O / 32), ceil(I / 2), 32, 2)``, with pairs of input features; if ``I`` is
         odd, the last two axes are merged, so that the shape differs from that for ``I + 1``. For 8
-        and 4 bits, ``(ceil(O / 32), I / group, bytes of a block)`` uint8, with the same bytes on
-        CPU and CUDA.
+        bits, ``(ceil(O / 32), I / group, bytes of a block)`` uint8; for 4 bits,
+        ``(ceil(O / 32), I / group, 2, bytes of half a block)``. CPU and CUDA have the same bytes.
 
     Raises:
         ValueError: If a shape, dtype, device or value is wrong; the message names the argument.
@@ -52,18 +54,22 @@ def pack_weight(
     return _c.pack_weight.default(weight, bits, group, minimum)
 
 
-def unpack_weight(packed: Tensor, out_features: int, in_features: int) -> Tensor:
-    """Return the weight ``(O, I)`` in float32 of a packed weight of 8 or 4 bits.
+def unpack_weight(
+    packed: Tensor, out_features: int, in_features: int, *, dtype: torch.dtype = torch.float32
+) -> Tensor:
+    """Return the weight ``(O, I)`` of a packed weight of 8 or 4 bits.
 
     Args:
         packed: Result of :func:`pack_weight` with ``bits``.
         out_features: Number ``O`` of output features.
         in_features: Number ``I`` of input features.
+        dtype: Dtype of the result, on CUDA float32, bfloat16 or float16. Values are rounded to
+            float32 first.
 
     Raises:
         ValueError: If a shape, dtype or device is wrong.
     """
-    return _c.unpack_weight.default(packed, out_features, in_features)
+    return _c.unpack_weight.default(packed, out_features, in_features, dtype)
 
 
 def packed_linear(
@@ -126,12 +132,15 @@ def _fake_pack_weight(
         return weight.new_empty(_packed_shape(weight.dtype, *weight.shape))
     rows, wide = weight.shape
     block = 4 * bits * group + (128 if minimum else 64)
-    return weight.new_empty((-(-rows // PANEL), wide // group, block), dtype=torch.uint8)
+    sizes = (block,) if bits == 8 else (2, block // 2)
+    return weight.new_empty((-(-rows // PANEL), wide // group, *sizes), dtype=torch.uint8)
 
 
 @fake("unpack_weight")
-def _fake_unpack_weight(packed: Tensor, out_features: int, in_features: int) -> Tensor:
-    return packed.new_empty((out_features, in_features), dtype=torch.float32)
+def _fake_unpack_weight(
+    packed: Tensor, out_features: int, in_features: int, dtype: torch.dtype | None = None
+) -> Tensor:
+    return packed.new_empty((out_features, in_features), dtype=dtype or torch.float32)
 
 
 @fake("packed_linear")

@@ -30,19 +30,31 @@ def quantise(
     Returns:
         Codes ``(O, I / group, group)``: int8, or uint8 for 4 bits. Scales and, with ``minimum``,
         minima ``(O, I / group)`` float16; otherwise None. A weight is ``scale * code`` (8 bits),
-        ``scale * (code - 8)`` (4 bits), or ``scale * code + minimum``.
+        ``scale * (code - 8)`` (4 bits), or ``scale * code + minimum``. With 4 bits and no minimum,
+        the value of the largest magnitude has code 0, as in GGUF's Q4_0, unless all values are
+        multiples of the largest magnitude / 7, which keep that scale.
     """
     w = weight.float().reshape(len(weight), weight.shape[1] // group, group)
-    first, last = (0, 15) if minimum else (-127, 127) if bits == 8 else (-7, 7)
-    low = w.amin(2).half() if minimum else None  # (O, groups)
-    base = 0 if low is None else low.float()
-    span = w.abs().amax(2) if low is None else (w.amax(2) - base).clamp(min=0)
-    scale = (span / last).half()
+    first, last = (0, 15) if minimum else (-127, 127) if bits == 8 else (-8, 7)
+    least, most = w.amin(2), w.amax(2)  # (O, groups)
+    low = least.half() if minimum else None
+    if low is not None:
+        wanted = (most - low.float()).clamp(min=0) / 15
+    elif bits == 8:
+        wanted = w.abs().amax(2) / 127
+    else:
+        wanted = torch.where(-least > most, least, most) / -8 + 0.0
+        seventh = (w.abs().amax(2) / 7).half().float()
+        steps = w / seventh[..., None]
+        whole = ((steps - steps.round().clamp(-7, 7)).abs() <= 1 / 64).all(2)  # False for zeros
+        wanted = torch.where(whole, seventh, wanted)
+    scale = wanted.half()
     # Rounds up where float16 has so few bits that the largest code would be cut.
-    cut = scale.float() * (last + 0.5) < span / last * last
+    size = max(-first, last)
+    cut = scale.float().abs() * (size + 0.5) < wanted.abs() * size
     scale = (scale.view(torch.int16) + cut).view(torch.float16)
     steps = (w - (0 if low is None else low.float()[..., None])) / scale.float()[..., None]
-    codes = torch.where(scale[..., None] > 0, steps.round().clamp(first, last), 0)
+    codes = torch.where(scale[..., None] != 0, steps.round().clamp(first, last), 0)
     if bits == 8:
         return codes.to(torch.int8), scale, low
     return (codes if minimum else codes + 8).to(torch.uint8), scale, low
@@ -52,9 +64,10 @@ def pack_codes(codes: Tensor, scale: Tensor, minimum: Tensor | None = None) -> T
     """Lay out the result of :func:`quantise` in blocks of 32 output features and one group.
 
     Returns:
-        ``(ceil(O / 32), I / group, bytes)`` uint8. A block has the codes, the scales and the
-        minima. Four adjacent bytes belong to one output. They contain the codes of 4 input
-        features, or, for 4 bits, of 8: the low halves of the first 4, the high halves of the rest.
+        ``(ceil(O / 32), I / group, bytes)`` uint8, for 4 bits ``(..., 2, bytes / 2)``. A block has
+        the codes, the scales and the minima. Four adjacent bytes belong to one output. They contain
+        the codes of 4 input features, or, for 4 bits, of 8: the low halves of the first 4, the high
+        halves of the rest.
     """
     rows, groups, group = codes.shape
     padded = pad(codes, (0, 0, 0, 0, 0, -rows % 32)).view(torch.uint8)
@@ -69,14 +82,17 @@ def pack_codes(codes: Tensor, scale: Tensor, minimum: Tensor | None = None) -> T
             columns = pad(each, (0, 0, 0, -rows % 32)).view(len(panels), 32, groups).transpose(1, 2)
             # An empty tensor is contiguous, with any strides.
             parts.append(columns.clone(memory_format=torch.contiguous_format).view(torch.uint8))
-    return torch.cat(parts, 2)
+    packed = torch.cat(parts, 2)
+    return packed if together == 4 else packed.view(*packed.shape[:2], 2, packed.shape[2] // 2)
 
 
-def unpack_weight(packed: Tensor, out_features: int, in_features: int) -> Tensor:
-    """Return the weight ``(O, I)`` in float32 for a packed weight of 8 or 4 bits."""
-    panels, groups, size = packed.shape
+def unpack_weight(
+    packed: Tensor, out_features: int, in_features: int, *, dtype: torch.dtype = torch.float32
+) -> Tensor:
+    """Return the weight ``(O, I)`` for a packed weight of 8 or 4 bits, rounded to float32 first."""
+    bits, packed = (8 if packed.dim() == 3 else 4), packed.flatten(2)
+    panels, groups, _ = packed.shape
     group = in_features // max(groups, 1)
-    bits = 8 if size == 32 * group + 64 else 4
     words = packed[..., : 4 * group * bits].view(panels, groups, group * bits // 32, 32, 4)
     codes = words.view(torch.int8) if bits == 8 else torch.cat([words & 15, words >> 4], 4)
     codes = codes.permute(0, 3, 1, 2, 4).flatten(3)  # (panels, 32, groups, group)
@@ -84,7 +100,7 @@ def unpack_weight(packed: Tensor, out_features: int, in_features: int) -> Tensor
     ends = ends.view(panels, groups, ends.shape[2] // 32, 32)
     scale, *minimum = ends.permute(2, 0, 3, 1).double()[..., None]  # (panels, 32, groups, 1)
     base = minimum[0] if minimum else 0 if bits == 8 else -8 * scale
-    return (scale * codes + base).float().flatten(2).flatten(0, 1)[:out_features]
+    return (scale * codes + base).float().flatten(2).flatten(0, 1)[:out_features].to(dtype)
 
 
 def packed_linear(

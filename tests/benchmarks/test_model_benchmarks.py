@@ -10,6 +10,7 @@ from typing import Any
 import alora
 import exact
 import experts
+import packed_accuracy
 import packed_linear
 import torch
 from experts import Case
@@ -82,12 +83,34 @@ def test_rows_of_another_adapter_are_not_timed() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_line_has_every_provider(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype) -> None:
-    monkeypatch.setattr(packed_linear, "SHAPES", ((40, 33),))
+    monkeypatch.setattr(packed_linear, "SHAPES", ((64, 33),))
     monkeypatch.setattr(packed_linear, "COLD_BYTES", 1)
-    lines = list(packed_linear.bench_ops(dtype, rounds=1))
-    assert len(lines) == len(packed_linear.ROWS)
-    assert all(name in lines[0] for name in ("F.linear", "packed"))
-    assert ("oneDNN" in lines[0]) == packed_linear.has_onednn(dtype)
+    rows = list(packed_linear.bench_ops(dtype, rounds=1))
+    onednn = ["oneDNN"] * packed_linear.has_onednn(dtype)
+    each = ["F.linear", "packed", *onednn, "8 bits", "4 bits"]
+    assert [row.provider for row in rows] == each * len(packed_linear.ROWS)
+    read = [row.provider for row in rows if row.over_reading != ""]
+    assert read == ["packed", "8 bits", "4 bits"] * len(packed_linear.ROWS)
+
+
+def test_groups_of_32_are_rounded_as_by_gguf() -> None:
+    pytest.importorskip("gguf")
+    w = torch.randn(64, 128, generator=torch.Generator().manual_seed(0))
+    error = {name: (of.round(w) - w).norm() for name, (of, _) in packed_accuracy.formats().items()}
+    pairs = {"8 bits": "Q8_0", "4 bits": "Q4_0", "4 bits, minimum": "Q4_1"}
+    for ours, theirs in pairs.items():
+        assert float(error[f"{ours}, group 32"] / error[f"GGUF {theirs}"]) == pytest.approx(1, 0.01)
+
+
+def test_limits_of_products_are_checked() -> None:
+    slow = packed_linear.Row(
+        "ops", "8 rows", "4 bits", "float32", 64, 32, "us", 1.0, over_base=1.06, over_reading=1.3
+    )
+    assert [line.rpartition(": ")[2] for line in slow.missed()] == [
+        "more than 1.05 of torch's linear", "more than 1.25 of reading"
+    ]  # fmt: skip
+    assert not list(slow._replace(over_base=1.0, case="16 rows").missed())
+    assert not list(slow._replace(provider="oneDNN").missed())
 
 
 def test_spaced_products_are_compared_with_torch(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -103,10 +126,10 @@ def test_wrong_product_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
     def wrong(*args: Tensor) -> Tensor:
         return product(*args) * (1 + 1e-4)
 
-    packed_linear.products(x, [weight])
+    packed_linear.products(x, weight)
     monkeypatch.setattr(ops, "packed_linear", wrong)
     with pytest.raises(SystemExit, match=r"packed, 2 rows of 40 -> 33: off by .* times its bound"):
-        packed_linear.products(x, [weight])
+        packed_linear.products(x, weight)
 
 
 @pytest.mark.slow

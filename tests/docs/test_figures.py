@@ -22,15 +22,17 @@ from report import latest, promises
 Value = Callable[[], Decimal]
 README, BENCHMARKS, TRAINING = "README.md", "docs/benchmarks.md", "docs/training.md"
 CLIENTS, MANY = "docs/notes/federated.md", "docs/many_adapters.md"
+PACKED = "docs/packed.md"
 
 # Sections in which every figure of a table must be checked by this file.
 SECTIONS = (
     (README, "Speed"), (BENCHMARKS, "LoRA on the CPU"), (BENCHMARKS, "Circuits on the CPU"),
     (TRAINING, "What a step can gain"), (CLIENTS, "Many clients in one batch"),
+    (PACKED, "Accuracy"),
 )  # fmt: skip
 # Table rows of these sections whose figures are not in benchmarks/results, and the reason.
 NOT_FROM_ROWS = {
-    (README, "the same for SmolLM2-135M with [packed]..."): "packed_linear.py writes no rows",
+    (README, "the same for SmolLM2-135M with [packed]..."): "measured before rows were written",
 }
 
 
@@ -70,6 +72,12 @@ def hmm(provider: str, rank: int, part: str) -> Value:
     return engine(threads="2", table="hmm", case=f"r = {rank}, {part}", provider=provider)
 
 
+def accuracy(name: str) -> list[Value]:
+    columns = {"bits_per_weight": 1, "kl": 1000, "same_token": 100}
+    return [of(lambda v, by=by: v * by, value("packed_accuracy", column, format=name))
+            for column, by in columns.items()]  # fmt: skip
+
+
 HEADS = ("cp", "hmm")
 KINDS, DROPOUT = ("0.0, float32", "0.0, float32, oneDNN off", "0.0, autocast"), "0.1, float32"
 OURS, CHUNKED, TARGETS = "lora_ext", "lora_ext, chunked loss", ("q and v", "all linear")
@@ -100,6 +108,12 @@ FASTEST = {p: [of(min, *(hmm(x, r, p) for x in HMM_PEERS.values())) for r in RAN
 
 FIGURES: dict[tuple[str, str], list[Value]] = {
     (README, "time of a decode step of SmolLM2's shape, 16 rows with 16 adapters..."): DECODE,
+    **{(PACKED, name): accuracy(name) for name in (
+        *(f"{kind}, group {n}" for kind in ("8 bits", "4 bits", "4 bits, minimum")
+            for n in (32, 64, 128)),
+        *(f"4 bits, group {n}; head 8 bits" for n in (32, 64)),
+        *(f"GGUF {kind}" for kind in ("Q8_0", "Q4_0", "Q4_1", "Q4_0; head Q8_0")),
+        *(f"{n} bits, group 64, int8 activations" for n in (8, 4)))},
     (README, "PEFT's time over ours, forward and backward...: with dropout; without"): [
         lora("over_peft", case=f"layers, dropout {p}, geometric mean") for p in ("0.1", "0.0")],
     (README, "time of the formula under `torch.compile` over ours...`cp`; `hmm`"): [

@@ -6,8 +6,9 @@
 //   8 bits: byte f is the code q of in-feature f of the step's 4, W = scale q, -127 <= q <= 127;
 //   4 bits: the low half of byte f is the code of in-feature f of the step's 8, the high half that
 //   of in-feature 4 + f. W = scale (q - 8), or scale q + minimum, 0 <= q <= 15.
-// Rows beyond O are zero codes with zero scales. All instruction sets and CUDA use this layout. The
-// codes of GGUF's blocks Q8_0, Q4_0 and Q4_1 can be stored without a change.
+// Rows beyond O are zero codes with zero scales. All instruction sets and CUDA use this layout. In
+// a tensor, a block of 4 bits has two axes, (2, block_bytes / 2). The codes of GGUF's blocks Q8_0,
+// Q4_0 and Q4_1 can be stored without a change.
 #pragma once
 
 #include "lora_ext/common.h"
@@ -25,7 +26,7 @@ struct PackedBitsArgs {
     int64_t x_stride = 0;        // elements between rows of x or input
     const void* bias = nullptr;  // (O,), or nullptr
     void* y = nullptr;           // (T, O)
-    void* weight = nullptr;      // (O, I): read by pack, written as float32 by unpack
+    void* weight = nullptr;      // (O, I): read by pack, written by unpack (twin: as float32)
     int64_t weight_stride = 0;   // elements between rows
     uint8_t* packed = nullptr;   // written by pack, read by product and unpack
     float* sums = nullptr;       // (T, I / group) sums of x, written by prepare; or nullptr

@@ -28,7 +28,7 @@ from torch._C._dynamo import eval_frame
 
 from lora_ext._checks import choice, number, require, require_flags
 from lora_ext._memory import free_bytes
-from lora_ext._torch import compiles, linear
+from lora_ext._torch import compiles, linear, parameter
 
 from ._gguf import gguf_blocks
 from ._modules import base_modules, linear_size
@@ -115,7 +115,7 @@ class PackedLinear(nn.Linear):
             return y.view(*x.shape[:-1], self.out_features)
         if compiles() or type(x) is not Tensor or self.training or watched(x):
             return None
-        weight, bias, wide = self.weight, self.bias, self.in_features
+        weight, bias, wide = parameter(self, "weight"), parameter(self, "bias"), self.in_features
         state: PackedWeight = self.__dict__[_STATE]
         rows, form = x.numel() // wide if wide else 0, state.form
         few = rows <= MOST_ROWS or form.bits is not None
@@ -128,7 +128,9 @@ class PackedLinear(nn.Linear):
             x.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)
         ):
             return None
-        packed = state.copy_of(weight) if form.bits is None else state.copy_made_now(weight)
+        packed = state.copy_of(weight)
+        if packed is None and form.bits is not None:
+            packed = state.copy_of(weight)
         if packed is None:
             return None
         if len(shape) == 2:

@@ -57,8 +57,8 @@ class PackedOnlyLinear(nn.Linear):
 
     def dequantised(self) -> Tensor:
         """Return the weight ``(O, I)`` as a new tensor."""
-        weight = ops.unpack_weight(self.packed, self.out_features, self.in_features)
-        return weight.to(self.dtype)
+        out, wide = self.out_features, self.in_features
+        return ops.unpack_weight(self.packed, out, wide, dtype=self.dtype)
 
     @property
     def weight(self) -> Tensor:  # pyright: ignore[reportIncompatibleVariableOverride]
@@ -131,7 +131,7 @@ class PackedProduct(torch.autograd.Function):
         (dy,), (x, weight) = grads, ctx.saved_tensors
         dx, _, dbias, *_ = needs = ctx.needs_input_grad
         if dx and ctx.sizes is not None:
-            weight = ops.unpack_weight(weight, *ctx.sizes).to(dy.dtype)
+            weight = ops.unpack_weight(weight, *ctx.sizes, dtype=dy.dtype)
         dweight = None if x is None else dy.t() @ x
         each = spaced(dy) @ weight if dx else None, None, dy.sum(0) if dbias else None
         return (*each, None, None, dweight)[: len(needs)]
@@ -147,9 +147,9 @@ def packed_product(x: Tensor, packed: Tensor, bias: Tensor | None, out: int, int
 
     On CUDA, torch multiplies more rows than the op takes, with a dequantised copy of the weight.
     """
-    if len(x) <= MAX_CUDA_ROWS or not limits_rows(x):
+    if x.shape[0] <= MAX_CUDA_ROWS or not limits_rows(x):  # len(x) takes three times as long
         return ops.packed_linear(x, packed, bias, out, int8)
-    return linear(x, ops.unpack_weight(packed, out, x.shape[1]).to(x.dtype), bias)
+    return linear(x, ops.unpack_weight(packed, out, x.shape[1], dtype=x.dtype), bias)
 
 
 def limits_rows(x: Tensor) -> bool:
@@ -157,12 +157,15 @@ def limits_rows(x: Tensor) -> bool:
     return x.is_cuda
 
 
+def _autocasts(kind: str) -> bool:
+    return kind in AUTOCASTS and torch.is_autocast_enabled(kind)
+
+
 def watched(x: Tensor) -> bool:
     """Return whether autocast for ``x``, tracing or a transform of torch is active."""
-    kind = x.device.type
     return (
-        (kind in AUTOCASTS and torch.is_autocast_enabled(kind))
-        or torch.jit.is_tracing()  # pyright: ignore[reportPrivateImportUsage]
+        (torch._C._is_any_autocast_enabled() and _autocasts(x.device.type))
+        or torch._C._is_tracing()
         or torch._C._are_functorch_transforms_active()
         or torch.autograd.forward_ad._current_level >= 0
     )

@@ -58,10 +58,12 @@ def _seconds(model: nn.Module, packed: bool) -> list[float]:
         used = [ops.pack_weight(w) for w in few] if packed else few
         for at, rows in enumerate(ROWS):
             x, least = torch.ones(rows, wide, dtype=few[0].dtype), float("inf")
-            end = time.perf_counter() + SECONDS
-            while (start := time.perf_counter()) < end:
+            start = time.perf_counter()
+            end = start + SECONDS
+            while start < end:
                 for w in used:
                     ops.packed_linear(x, w, None, out) if packed else F.linear(x, w)
-                least = min(least, time.perf_counter() - start)
+                least = min(least, (now := time.perf_counter()) - start)
+                start = now
             totals[at] += least * len(same) / len(few)
     return totals

@@ -76,7 +76,8 @@ class MultiLoraLinear(PoolLayer):
                 if fused is not None:
                     return fused
                 y = add_adapters(y, x, slab, rows.ids, rows.plan, rescale, rows.weights)
-                self.watch_backward(y)
+                if y.requires_grad:
+                    self.watch_backward(y)
             except ValueError as error:
                 raise self._explained(error) from error
             except AttributeError as error:
@@ -162,7 +163,9 @@ def add_adapters(
     A decode step calls this function hundreds of times, so the time of each line was measured.
     """
     a, b = slab.a_pages, slab.b_pages
-    (scale, groups), ranks, table = scale_and_groups(slab, weights), slab.ranks, slab.page_table
+    scale, groups, ranks, table = slab.scale, None, slab.ranks, slab.page_table
+    if weights is not None or slab.mixed > 1:
+        scale, groups = scale_and_groups(slab, weights)
     dtype = a.dtype
     differentiable = torch.is_grad_enabled() and (x.requires_grad or y.requires_grad)
     if y.dtype == dtype == x.dtype and y.is_contiguous() and not differentiable:
