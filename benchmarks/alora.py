@@ -34,7 +34,7 @@ from transformers import (
 )
 
 import lora_ext
-from lora_ext.serving._continuous import computed_tokens
+from lora_ext.serving._continuous import adapter_requests
 
 INVOCATION = [1, 5, 2]
 
@@ -130,12 +130,12 @@ def of_manager(
     )
     with torch.inference_mode():
         manager.start()
-    found = []
+    found, requests = [], adapter_requests(manager)
     for name, prompt in [(None, text), *((name, text + ask) for name in names)]:
-        before, begin = computed_tokens(manager), time.perf_counter()
+        before, begin = requests.computed, time.perf_counter()
         result = manager.get_result(manager.add_request(prompt, adapter_name=name), timeout=600)
         spent = time.perf_counter() - begin
-        found.append((result.generated_tokens[0], spent, computed_tokens(manager) - before))
+        found.append((result.generated_tokens[0], spent, requests.computed - before))
     manager.stop(block=True)
     return found[1:]
 

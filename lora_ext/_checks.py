@@ -74,7 +74,7 @@ def integer(
     ``expected`` replaces the default description of the expected value in the message.
     """
     whole = value if type(value) in (int, torch.SymInt) else _whole(_plain(value))
-    if whole is None or not _inside(whole, minimum, maximum):
+    if whole is None or not _inside(whole, minimum, maximum, None, None):
         low = "" if minimum is None else f" from {minimum}"
         high = "" if maximum is None else f" to {maximum}"
         up = " up" if high and not low else ""
@@ -126,13 +126,8 @@ def number(
     return real
 
 
-def _inside(
-    value: Any,
-    minimum: float | None,
-    maximum: float | None,
-    above: float | None = None,
-    below: float | None = None,
-) -> bool:
+def _inside(value: Any, *bounds: float | None) -> bool:
+    minimum, maximum, above, below = bounds
     return (
         (minimum is None or value >= minimum)
         and (maximum is None or value <= maximum)

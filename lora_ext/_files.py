@@ -140,11 +140,8 @@ class SafetensorsFile:
             self.infos[key], self._spans[key] = self._read_entry(key, entry)
         end = 0
         for key, span in sorted(self._spans.items(), key=lambda item: item[1]):
-            if span[0] != end:
-                expected = f"{end} as the start (tensors must neither overlap nor leave gaps)"
-                raise ValueError(
-                    f"{where}: {key:.200}: data_offsets: expected {expected}, found {span[0]}"
-                )
+            expected = f"{end} as the start (tensors must neither overlap nor leave gaps)"
+            require(span[0] == end, f"{where}: {key:.200}", "data_offsets", expected, span[0])
             end = span[1]
         if end != size - self._data:
             raise ValueError(f"{where}: expected {end} bytes of tensors, found {size - self._data}")
@@ -167,9 +164,8 @@ class SafetensorsFile:
         if dtype is None:  # This is not an error yet: the caller may skip the key.
             return TensorInfo(tuple(shape), name), (offsets[0], offsets[1])
         nbytes, found = math.prod(shape) * dtype.itemsize, offsets[1] - offsets[0]
-        if found != nbytes:
-            expected = f"{nbytes} bytes for {name} {shape}"
-            raise ValueError(f"{where}: data_offsets: expected {expected}, found {found}")
+        expected = f"{nbytes} bytes for {name} {shape}"
+        require(found == nbytes, where, "data_offsets", expected, found)
         return TensorInfo(tuple(shape), dtype), (offsets[0], offsets[1])
 
     def _exactly(self, count: int) -> bytearray:

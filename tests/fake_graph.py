@@ -11,8 +11,6 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lora_ext.rows import _rows
-from lora_ext.serving import captured
-from lora_ext.serving.layers import _siblings
 
 _VIEWS = ("view", "expand", "slice", "select", "alias", "detach", "transpose", "t", "unsqueeze")
 _FREE = ("empty", "permute", "squeeze", "_unsafe_view", "as_strided", "lift_fresh", *_VIEWS)
@@ -57,11 +55,9 @@ class Device:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch):
         self._graph: FakeGraph | None = None
-        for module in (_rows, captured):
-            monkeypatch.setattr(module, "capture", lambda device: self._graph)
+        monkeypatch.setattr(_rows, "capture", lambda device: self._graph)
         # The recorder must not count as a tracer, since it records the ops that a device would run.
-        for module in (_rows, _siblings):
-            monkeypatch.setattr(module, "traced_by_python", lambda: False)
+        monkeypatch.setattr(_rows, "traced_by_python", lambda: False)
 
     @contextlib.contextmanager
     def capture(self) -> Iterator[FakeGraph]:

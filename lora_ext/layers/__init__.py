@@ -19,12 +19,7 @@ from ._experts import (
     slots_of,
 )
 from ._init import FREE, init_lora_, known_scheme
-from ._lora_forward import (
-    LoraFactors,
-    dropout_now,
-    lora_forward,
-    lora_update,
-)
+from ._lora_forward import LoraFactors, dropout_now, lora_forward, lora_update
 from ._lora_layer import LoraLayer
 from ._magnitude import scaled_forward
 from .base._dense import DenseParameters, dense_parameters, is_plain, is_quantised, readable_weight

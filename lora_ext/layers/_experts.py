@@ -26,7 +26,7 @@ from lora_ext import ops
 from lora_ext._checks import FLOATS
 from lora_ext._torch import exactly
 from lora_ext.ops import grouped_mm
-from lora_ext.rows import constant, scales
+from lora_ext.rows import _rows
 
 from ._lora_forward import LoraFactors
 from .base._dense import is_plain
@@ -215,12 +215,12 @@ def experts_update(
     """
     dtype = functools.reduce(torch.promote_types, (f.a.dtype for f in adapters))
     all_ranks = [f.a.shape[0] // num_experts for f in adapters]
-    scale = scales([f.scaling for f in adapters], x.device)
+    scale = _rows.scales([f.scaling for f in adapters], x.device)
     if scale is not None and dtype == torch.float64:  # the op would round the scales to float32
         adapters, scale = [f._replace(b=f.b * f.scaling) for f in adapters], None
     ranks = None
     if min(all_ranks) < max(all_ranks):
-        ranks = constant(all_ranks, torch.int32, x.device).repeat_interleave(num_experts)
+        ranks = _rows.constant(all_ranks, torch.int32, x.device).repeat_interleave(num_experts)
     if scale is not None:
         scale = scale.repeat_interleave(num_experts)
     a, b = (t.to(dtype) for t in _bank(adapters, all_ranks, num_experts))

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -16,18 +16,7 @@ from torch.nn.functional import pad
 
 from lora_ext import ops
 from lora_ext._torch import autocast_dtype
-from lora_ext.rows import (
-    Rows,
-    all_rows,
-    constant,
-    keep,
-    planned,
-    rows_of,
-    scales,
-    several_processes,
-    subset,
-    together,
-)
+from lora_ext.rows import Rows, _rows, rows_of
 
 from .base._dense import BaseLayer, DenseParameters, dense_parameters
 from .base._packed_linear import PackedLinear
@@ -136,10 +125,10 @@ def _one_adapter(x: Tensor, base: BaseLayer, dense: DenseParameters, f: LoraFact
     a, b, scaling, p, _, own_seed, *_ = f
     num_rows, device = x2d.shape[0], x.device
     if isinstance(scaling, Tensor):
-        (ids, plan), scale = all_rows(num_rows, device), scales((scaling,), device)
+        (ids, plan), scale = _rows.all_rows(num_rows, device), _rows.scales((scaling,), device)
     else:
         key = (_scaled_rows, num_rows, scaling)
-        ids, plan, scale = keep(key, device, _scaled_rows, num_rows, scaling, device)
+        ids, plan, scale = _rows.keep(key, device, _scaled_rows, num_rows, scaling, device)
     fixed = not (torch.is_grad_enabled() and (a.requires_grad or b.requires_grad))
     y = None
     if isinstance(base, PackedLinear) and fixed and not p:
@@ -155,7 +144,7 @@ def _one_adapter(x: Tensor, base: BaseLayer, dense: DenseParameters, f: LoraFact
 def _scaled_rows(
     num_rows: int, scaling: float, device: torch.device
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    return *all_rows(num_rows, device), scales((scaling,), device)
+    return *_rows.all_rows(num_rows, device), _rows.scales((scaling,), device)
 
 
 def lora_update(
@@ -195,10 +184,10 @@ def _participants(
     rows = adapter_ids
     if isinstance(rows, Tensor):
         rows = rows_of(rows, len(adapters), x.shape[:-1])
-        if several_processes() and torch.is_grad_enabled():
+        if _rows.several_processes() and torch.is_grad_enabled():
             each = enumerate((f.a, f.b, f.bias) for f in adapters)
             trained = [i for i, own in each if any(p is not None and p.requires_grad for p in own)]
-            rows = together(rows, trained)
+            rows = _rows.together(rows, trained)
     count, found = x.shape[:-1].numel(), rows.ids.shape[0]
     if found != count:
         expected = f"one id for each of the {count} rows of x"
@@ -276,18 +265,19 @@ def _run(
     dtype = compute
     if dtype is None:
         dtype = functools.reduce(torch.promote_types, (f.dtype for f in (*a, *b)))
-    scale, ranks = scales(scaling, x.device), None
+    scale, ranks = _rows.scales(scaling, x.device), None
     if scale is not None and dtype == torch.float64:  # the op would round the scales to float32
         b, scale = [f * s for f, s in zip(b, scaling, strict=True)], None
     all_ranks = [f.shape[0] for f in a]
     if min(all_ranks) < max(all_ranks):
-        ranks = constant(all_ranks, torch.int32, x.device)
+        ranks = _rows.constant(all_ranks, torch.int32, x.device)
     seed = _seed([f.seed for f in call.adapters], x.device) if p else None
     weight = None if weight is None else weight.to(dtype)
     bias = None if bias is None else bias.to(dtype)
     x, weights, groups = x.to(dtype), call.weights, call.groups
     if weights is not None and dtype == torch.float64:
-        return _columns(x, weight, bias, a, b, call, ranks)
+        y = None if weight is None else nn.functional.linear(x, weight, bias)
+        return _add_columns(y, x, (a, b), call, ranks)
     if weights is not None:
         weights = weights.float()
     if groups is not None:
@@ -296,17 +286,11 @@ def _run(
     return ops.lora_linear_apart(x, weight, bias, a, b, *rest, weights=weights, groups=groups)
 
 
-def _columns(
-    x: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    a: Sequence[Tensor],
-    b: Sequence[Tensor],
-    call: _Call,
-    ranks: Tensor | None,
+def _add_columns(
+    y: Tensor | None, x: Tensor, factors: Any, call: _Call, ranks: Tensor | None
 ) -> Tensor:
-    """Compute a call with weights in float64, which the op would round to float32."""
-    y = None if weight is None else nn.functional.linear(x, weight, bias)
+    """Add a call with weights in float64, which the op would round to float32."""
+    a, b = factors
     assert call.weights is not None and call.plan is not None
     p, shape = call.adapters[0].p, (len(x), *(call.ids.shape[1:] or (1,)))  # x may be empty
     columns, of_columns = call.ids.view(shape).T, call.weights.view(shape).T  # (K, T)
@@ -339,7 +323,7 @@ def _shared_rows(adapters: Sequence[LoraFactors], x: Tensor) -> list[_Call]:
 
     There is one call if the factors can be concatenated along the rank, otherwise one per adapter.
     """
-    ids, plan = all_rows(x.shape[0], x.device)
+    ids, plan = _rows.all_rows(x.shape[0], x.device)
     first = adapters[0]
     together = len(adapters) > 1 and all(
         f.p == 0
@@ -365,17 +349,17 @@ def _weighted_rows(adapters: Sequence[LoraFactors], x: Tensor, weights: Tensor) 
         f.p or f.bias is not None or f.a.dtype != first.a.dtype for f in adapters
     ):
         every = range(len(adapters))
-        ids = constant(every, torch.int32, x.device).expand(x.shape[0], -1)
-        return _own_rows(adapters, planned(tuple(every), ids, weights))
+        ids = _rows.constant(every, torch.int32, x.device).expand(x.shape[0], -1)
+        return _own_rows(adapters, _rows.planned(tuple(every), ids, weights))
     pages = [-(-f.a.shape[0] // _PAGE) for f in adapters]
     room = [_PAGE * n - f.a.shape[0] for n, f in zip(pages, adapters, strict=True)]
     each = list(zip(adapters, room, strict=True))
     a = torch.cat([pad(f.a, (0, 0, 0, n)) if n else f.a for f, n in each])
     b = torch.cat([pad(f.b, (0, n)) if n else f.b for f, n in each], 1)
     owners = [i for i, n in enumerate(pages) for _ in range(n)]
-    groups = constant(owners, torch.int32, x.device)[None]  # (1, P)
+    groups = _rows.constant(owners, torch.int32, x.device)[None]  # (1, P)
     scaling = [adapters[i].scaling for i in owners]
-    ids, plan = all_rows(x.shape[0], x.device)
+    ids, plan = _rows.all_rows(x.shape[0], x.device)
     stacked = [first._replace(a=a, b=b)]
     return [_Call(stacked, ids, plan, [None], True, weights, groups, scaling)]
 
@@ -394,11 +378,11 @@ def _own_rows(adapters: Sequence[LoraFactors], rows: Rows) -> list[_Call]:
         seeded = i if f.p and f.seed is not None and rows.ids.dim() == 2 else -1
         groups.setdefault((f.p, in_two and rank > _SMALL_RANK, seeded), []).append(i)
     for (_, _, seeded), members in sorted(groups.items()):  # the same order for any batch
-        own = rows if len(groups) == 1 else subset(rows, members)
+        own = rows if len(groups) == 1 else _rows.subset(rows, members)
         if seeded >= 0:
             of_it = own.ids == 0  # (T, K)
             weights = of_it if own.weights is None else own.weights.where(of_it, 0)
-            own = planned(own.used, of_it.any(1).int() - 1, weights.sum(1))
+            own = _rows.planned(own.used, of_it.any(1).int() - 1, weights.sum(1))
         group, biases = [adapters[i] for i in members], [adapters[i].bias for i in members]
         calls.append(_Call(group, own.ids, own.plan, biases, False, own.weights))
     return calls

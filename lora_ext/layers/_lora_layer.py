@@ -47,7 +47,9 @@ class LoraLayer(Participants):
     #: True if the layer supports activated adapters (aLoRA).
     takes_invocation = False
 
-    def __init__(self, base_layer: nn.Module, fan_in_fan_out: bool = False):
+    def __init__(
+        self, base_layer: nn.Module, adapter_name: str, r: int, fan_in_fan_out: bool, **options: Any
+    ):
         super().__init__()
         self.base_layer = base_layer
         self.fan_in_fan_out = fan_in_fan_out
@@ -61,7 +63,11 @@ class LoraLayer(Participants):
         self._active: list[str] = []
         self._before_init: tuple[str, Tensor] | None = None  # (adapter, old base weight)
         self.training = base_layer.training
+        for name in self.base_weight.stores:
+            setattr(self, name, self.base_weight.store_kind())
         layer_names.add(self)
+        self.add_adapter(adapter_name, r, **options)
+        self.set_adapter(adapter_name)
 
     @property
     def pool(self) -> LayerNames:

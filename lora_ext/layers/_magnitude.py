@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from lora_ext import ops
 from lora_ext._torch import linear
 from lora_ext.kinds import normed
-from lora_ext.rows import Rows, subset
+from lora_ext.rows import Rows, _rows
 
 from ._lora_forward import (
     LoraFactors,
@@ -67,7 +67,7 @@ def scaled_forward(
     # One call computes the rows of all adapters without DoRA. The rows of each DoRA adapter are
     # computed in a separate call.
     plain = [slot for slot, i in enumerate(rows.used) if adapters[i].magnitude is None]
-    y = lora_forward(x, base, adapters, subset(rows, plain))
+    y = lora_forward(x, base, adapters, _rows.subset(rows, plain))
     read = dense()  # in all processes, even without DoRA rows: ZeRO-3 gathers the weight
     x2d, y2d = x.reshape(-1, x.shape[-1]), y.reshape(-1, y.shape[-1])
     for slot, i in enumerate(rows.used):

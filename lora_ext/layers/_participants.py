@@ -10,21 +10,7 @@ from torch import Tensor
 from lora_ext._checks import require
 from lora_ext._torch import compiles
 from lora_ext.kinds import variants
-from lora_ext.rows import (
-    NOBODY,
-    Assignment,
-    Layout,
-    Names,
-    Rows,
-    _context,
-    everywhere,
-    layer_names,
-    layer_rows,
-    no_rows,
-    rows_of,
-    several_processes,
-    together,
-)
+from lora_ext.rows import Assignment, Layout, Names, Rows, _context, _rows, _traced, layer_names
 
 from .base._merging import Merging
 
@@ -73,7 +59,7 @@ class Participants(Merging):
                 why = f"{off} {merged} cannot be switched off"
                 raise ValueError(f"adapter_active: {why}; unmerge them first")
             return [], None
-        if several_processes():
+        if _rows.several_processes():
             rows = self._rows_of_all(rows, leading, device)
             if rows is not None:
                 return list(self.adapter_names), rows
@@ -82,7 +68,7 @@ class Participants(Merging):
             if self.alora_invocation_tokens:
                 for name in active:
                     if name in self.alora_invocation_tokens:  # an aLoRA needs token ids
-                        raise no_rows(repr(name))
+                        raise _traced.no_rows(repr(name))
             return active, None
         return (list(self.adapter_names) if rows.used else []), rows
 
@@ -103,8 +89,8 @@ class Participants(Merging):
             active = {i for i, n in enumerate(self.r) if n in self._active and self._is_on(n)}
             if len(active) > 1 or trained <= active:
                 return None
-            rows = everywhere(min(active, default=-1), leading.numel(), device)
-        return together(rows, tuple(trained))
+            rows = _rows.everywhere(min(active, default=-1), leading.numel(), device)
+        return _rows.together(rows, tuple(trained))
 
     def _is_on(self, name: str) -> bool:
         """Return whether an adapter is switched on in the layer's current mode."""
@@ -121,7 +107,7 @@ class Participants(Merging):
         names = self.adapter_names
         if isinstance(adapter_ids, Tensor):
             enabled = tuple(self._is_on(name) for name in names)
-            rows = rows_of(adapter_ids, len(names), leading, enabled, self.tokens_first)
+            rows = _rows.rows_of(adapter_ids, len(names), leading, enabled, self.tokens_first)
             if rows.ids.dim() > 1:
                 self._refuse_rescaled(names[i] for i in rows.used)
             return rows
@@ -135,12 +121,12 @@ class Participants(Merging):
             return assignment.rows_among(reachable, layout, mixes=True)
         if block is not None:
             self._refuse_rescaled(block.assignment.weighted)
-            where = leading, device, self.tokens_first, self._of_tokens
-            return block.rows_among(reachable, *where, mixes=True)
+            layout = _context.current_layout(leading, device, self.tokens_first)
+            return block.rows_among(reachable, layout, self._of_tokens, mixes=True)
         if not _context.any_block:
             return None
-        default = self._default_position()
-        return layer_rows(reachable, default, leading, device, self.tokens_first, self._of_tokens)
+        where = leading, device, self.tokens_first, self._of_tokens
+        return _traced.layer_rows(reachable, self._default_position(), *where)
 
     def _refuse_rescaled(self, names: Iterable[str]) -> None:
         """Raise NotImplementedError if one of these adapters of a mixture scales outputs."""
@@ -153,7 +139,7 @@ class Participants(Merging):
     def _default_position(self) -> int:
         active = [n for n in self._active if self._is_on(n)]
         if len(active) == 1 and active[0] in self.alora_invocation_tokens:
-            return NOBODY
+            return _traced.NOBODY
         if len(active) > 1:
             expected = "expected one active adapter in a compiled graph that uses blocks"
             raise NotImplementedError(f"{type(self).__name__}: {expected}, found {active}")

@@ -63,11 +63,7 @@ class LoraConv(LoraLayer):
         expected = f"stride equal to the kernel {kernel}, no padding, dilation or groups"
         require(not found, "LoraConv", "base_layer", expected, found, NotImplementedError)
         self.kernel_size: tuple[int, ...] = kernel
-        super().__init__(base_layer)
-        self.lora_A = nn.ModuleDict()
-        self.lora_B = nn.ModuleDict()
-        self.add_adapter(adapter_name, r, **options)
-        self.set_adapter(adapter_name)
+        super().__init__(base_layer, adapter_name, r, fan_in_fan_out=False, **options)
 
     def forward(self, x: Tensor, adapter_ids: Tensor | Names = None) -> Tensor:
         """Map ``(N, C, *S)`` to ``(N, O, *S / k)``, or ``(C, *S)`` to ``(O, *S / k)``.

@@ -46,16 +46,15 @@ class LoraEmbedding(LoraLayer):
     Sources: LoRA (Hu et al. 2021); PEFT.
     """
 
+    lora_embedding_A: nn.ParameterDict
+    lora_embedding_B: nn.ParameterDict
+
     def __init__(
         self, base_layer: nn.Module, adapter_name: str = "default", r: int = 8, **options: Any
     ):
         fits = isinstance(base_layer, nn.Embedding)
         require(fits, "LoraEmbedding", "base_layer", "nn.Embedding", type(base_layer).__name__)
-        super().__init__(base_layer, fan_in_fan_out=True)
-        self.lora_embedding_A = nn.ParameterDict()
-        self.lora_embedding_B = nn.ParameterDict()
-        self.add_adapter(adapter_name, r, **options)
-        self.set_adapter(adapter_name)
+        super().__init__(base_layer, adapter_name, r, fan_in_fan_out=True, **options)
 
     def forward(self, x: Tensor, adapter_ids: Tensor | Names = None) -> Tensor:
         """Map token ids ``(...)`` to ``(..., O)``.

@@ -52,6 +52,8 @@ class LoraLinear(LoraLayer):
     Sources: LoRA (Hu et al. 2021); rsLoRA (Kalajdzievski 2023); PEFT.
     """
 
+    lora_A: nn.ModuleDict
+    lora_B: nn.ModuleDict
     takes_invocation = True
 
     def __init__(
@@ -63,16 +65,11 @@ class LoraLinear(LoraLayer):
         fan_in_fan_out: bool = False,
         **options: Any,
     ):
-        if fan_in_fan_out and isinstance(base_layer, nn.Linear):
-            raise ValueError(
-                "LoraLinear: fan_in_fan_out: expected False for nn.Linear, whose weight is (O, I), "
-                f"found {fan_in_fan_out!r}"
-            )
-        super().__init__(base_layer, LinearWeight(base_layer, fan_in_fan_out).fan_in_fan_out)
-        self.lora_A = nn.ModuleDict()
-        self.lora_B = nn.ModuleDict()
-        self.add_adapter(adapter_name, r, **options)
-        self.set_adapter(adapter_name)
+        fits = not (fan_in_fan_out and isinstance(base_layer, nn.Linear))
+        expected = "False for nn.Linear, whose weight is (O, I)"
+        require(fits, "LoraLinear", "fan_in_fan_out", expected, repr(fan_in_fan_out))
+        fan_in_fan_out = LinearWeight(base_layer, fan_in_fan_out).fan_in_fan_out
+        super().__init__(base_layer, adapter_name, r, fan_in_fan_out, **options)
 
     def forward(
         self,

@@ -28,6 +28,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lora_ext._checks import require
 from lora_ext._torch import refuse_tangents
 from lora_ext.reference import accumulator
 
@@ -187,11 +188,6 @@ def lora_expand_(
     return y
 
 
-@fake("lora_expand_")
-def _fake_expand_(y: Tensor, *args: Tensor | None) -> None:
-    pass
-
-
 def lora_apply(
     x: Tensor,
     a: Tensor,
@@ -333,8 +329,9 @@ def lora_apply_(
     return y
 
 
+@fake("lora_expand_")
 @fake("lora_apply_")
-def _fake_apply_(y: Tensor, *args: Tensor | None) -> None:
+def _fake_in_place(y: Tensor, *args: Tensor | None) -> None:
     pass
 
 
@@ -400,11 +397,10 @@ def sgmv_(
     if weights is None and seg_adapter.dim() == 1:
         ids = lora_segment_ids(seg_indptr, seg_adapter, x.shape[0])
         return lora_apply_(y, x, a, b, ids, scale)
-    if weights is not None and weights.shape != seg_adapter.shape:
-        shape, found = tuple(seg_adapter.shape), tuple(weights.shape)
-        raise ValueError(
-            f"sgmv_: weights: expected the shape of seg_adapter, {shape}, found {found}"
-        )
+    if weights is not None:
+        expected = f"the shape of seg_adapter, {tuple(seg_adapter.shape)}"
+        fits = weights.shape == seg_adapter.shape
+        require(fits, "sgmv_", "weights", expected, tuple(weights.shape))
     segments = torch.arange(len(seg_adapter), dtype=torch.int32, device=seg_adapter.device)
     of_row = lora_segment_ids(seg_indptr, segments, x.shape[0]).long()  # (T,)
     # Rows outside all segments have index -1 and read the last row, which is added here.

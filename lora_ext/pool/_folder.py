@@ -158,11 +158,8 @@ class AdapterFolder:
             found, inside, missing = self.root, False, False
         expected = f"a folder below {self.root.name!r} without links that lead out of it"
         require(inside, "AdapterFolder", "path", expected, f"{str(path)!r:.200}")
-        if missing:
-            raise FileNotFoundError(
-                f"AdapterFolder: path: expected a folder below {self.root.name!r}, found none at "
-                f"{str(path)!r:.200}"
-            )
+        expected, absent = f"a folder below {self.root.name!r}", f"none at {str(path)!r:.200}"
+        require(not missing, "AdapterFolder", "path", expected, absent, FileNotFoundError)
         return found
 
 

@@ -13,6 +13,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from lora_ext._checks import require
+
 from ._pages import PAGE, TableRow
 from ._store import PageStore, Resident
 
@@ -28,11 +30,9 @@ def joined_rows(store: PageStore, members: Sequence[Resident]) -> dict[str, Tabl
     """
     for member in members:
         check_weighted(store, member)
-        if member.invocation:
-            raise NotImplementedError(
-                f"{_WHERE}: {member.name!r}: expected an ordinary adapter in a mixture, found an "
-                "activated one (alora_invocation_tokens); use it alone"
-            )
+        expected, name = "an ordinary adapter in a mixture", repr(member.name)
+        found = "an activated one (alora_invocation_tokens); use it alone"
+        require(not member.invocation, _WHERE, name, expected, found, NotImplementedError)
     rows: dict[str, TableRow] = {}
     for module in dict.fromkeys(module for member in members for module in member.rows):
         own = [(k, m.rows[module]) for k, m in enumerate(members) if module in m.rows]

@@ -177,9 +177,7 @@ class AdapterPool:
         packed = self._read("load", source, strict, adapter_name)  # slow, so without the lock
         with self._lock:
             self._residence.check_new(name)
-            self._residence.install(name, packed)
-            self._residence.counts["loads"] += 1
-        return packed.leftover
+            return self._install(name, packed)
 
     def update(
         self,
@@ -205,8 +203,11 @@ class AdapterPool:
         packed = self._read("update", source, strict, adapter_name)
         with self._lock:
             self._residence.check_known([name])
-            self._residence.install(name, packed)
-            self._residence.counts["loads"] += 1
+            return self._install(name, packed)
+
+    def _install(self, name: str, packed: PackedAdapter) -> tuple[str, ...]:
+        self._residence.install(name, packed)
+        self._residence.counts["loads"] += 1
         return packed.leftover
 
     def unload(self, name: str) -> None:

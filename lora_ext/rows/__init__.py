@@ -39,7 +39,7 @@ State                                       Owner            Content and lifetim
 ==========================================  ===============  ======================================
 """
 
-from . import _attachment, _context, _entries, _layouts
+from . import _attachment, _context, _entries, _generation, _layouts, _rows, _traced
 from ._activation import Activated, last_start
 from ._assignment import Assignment, Batch, Layout, NamedRows, Names, refuse_singular
 from ._attachment import (
@@ -56,31 +56,17 @@ from ._context import (
     adapters,
     context_value,
     current,
-    current_layout,
-    forward_of,
     in_step,
     innermost,
     of_call,
     untouched,
 )
 from ._entries import BASE, Entry, Members, Name
-from ._generation import (
-    activated_forward,
-    activated_in,
-    change_blocks,
-    generation_scope,
-    has_activated,
-    packed_block,
-    prompt_known,
-    repeat_rows,
-    select_rows,
-)
+from ._generation import activated_forward, generation_scope, prompt_known, select_rows
 from ._pool_layer import ERROR, PoolLayer, no_block, pool_of
 from ._rows import (
     Kept,
     Rows,
-    all_rows,
-    capture,
     capturing,
     constant,
     everywhere,
@@ -89,22 +75,10 @@ from ._rows import (
     planned,
     renumbered,
     rows_of,
-    scales,
     several_processes,
-    subset,
     together,
-    traced_by_python,
 )
-from ._traced import (
-    NOBODY,
-    batch_of,
-    block_of_graph,
-    layer_rows,
-    no_rows,
-    pool_rows,
-    traced_weights,
-    tracing,
-)
+from ._traced import pool_rows
 
 __all__ = [
     "BASE", "Block", "Names", "PoolLayer", "Rows", "UnknownAdapterError", "adapters", "current",

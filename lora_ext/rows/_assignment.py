@@ -233,35 +233,27 @@ class Assignment:
             NotImplementedError: If one of the names is in an entry with a weight or several
                 adapters, unless ``mixes``.
         """
-        make = self._rows_among
-        if self.mixed and mixes:
-            make = self._mixed_rows_among
-        elif not self.weighted.isdisjoint(names):
+        mixed = self.mixed and mixes
+        if not mixed and not self.weighted.isdisjoint(names):
             _entries.refuse_mixtures(self.each())
         if compiles():
-            return make(names, layout)
+            return self._rows_among(names, layout, mixed)
         leading, device, tokens_first, _ = layout
         key = (names, leading, tokens_first, mixes)
-        return self.kept.get(key, device, make, names, layout)
+        return self.kept.get(key, device, self._rows_among, names, layout, mixed)
 
-    def _rows_among(self, names: tuple[str, ...], layout: Layout) -> Rows:
-        known = [names.index(name) if name in names else -1 for name in self.names]
-        used = tuple(sorted({known[place] for place in self.occurring} - {-1}))
-        table = [used.index(position) if position in used else -1 for position in known]
-        return planned(used, self.ids(table, layout))
-
-    def _mixed_rows_among(self, names: tuple[str, ...], layout: Layout) -> Rows:
-        weights = self.row_weights(layout)  # (T, K)
+    def _rows_among(self, names: tuple[str, ...], layout: Layout, mixed: bool) -> Rows:
+        weights = self.row_weights(layout) if mixed else None  # (T, K)
         each = [name if isinstance(name, tuple) else (name,) for name in self.names]
         width = max([len(own) for own in each], default=1) if weights is None else weights.shape[1]
         known = [[names.index(n) if n in names else -1 for n in own] for own in each]
         used = tuple(sorted({i for place in self.occurring for i in known[place]} - {-1}))
         columns: list[Tensor] = []
-        for k in range(width):
+        for k in range(width if mixed else 1):
             of_place = [own[k] if k < len(own) else -1 for own in known]
             table = [used.index(i) if i in used else -1 for i in of_place]
             columns.append(self.ids(table, layout))
-        return planned(used, torch.stack(columns, 1), weights)
+        return planned(used, torch.stack(columns, 1) if mixed else columns[0], weights)
 
     def ids(self, table: Sequence[int], layout: Layout) -> Tensor:
         """Return the ids of the T rows of a layer, ``(T,)`` int32.

@@ -10,7 +10,7 @@ import ctypes
 import math
 from collections.abc import Mapping, Sequence
 from numbers import Real
-from typing import Any
+from typing import Any, NoReturn
 
 BASE = "__base__"  # PEFT's name of the base model; None is equivalent
 MAX_MEMBERS = 64  # maximum number of adapters in a mixture
@@ -57,22 +57,17 @@ def members_of(entry: Any, where: str) -> Members:
     if is_plain(entry):
         return () if entry in (None, BASE) else ((entry, 1.0),)
     if not is_entry(entry):
-        expected = "expected names (str or None), (name, weight) or {name: weight}"
-        raise ValueError(f"{where}: {expected}, found {entry!r:.200}")
+        _refuse(where, "names (str or None), (name, weight) or {name: weight}", entry)
     pairs: list[Any] = list(entry.items()) if isinstance(entry, Mapping) else [entry]
     if not 0 < len(pairs) <= MAX_MEMBERS:
-        expected = f"expected 1 to {MAX_MEMBERS} adapters in a mixture (None is the base model)"
-        raise ValueError(f"{where}: {expected}, found {entry!r:.200}")
+        _refuse(where, f"1 to {MAX_MEMBERS} adapters in a mixture (None is the base model)", entry)
     for name, weight in pairs:
         if not isinstance(name, str) or name in ("", BASE):
-            expected = "expected the name of an adapter in a mixture"
-            raise ValueError(f"{where}: {expected}, found {name!r:.200}")
+            _refuse(where, "the name of an adapter in a mixture", name)
         if isinstance(weight, bool) or not isinstance(weight, Real):
-            expected = f"{name!r}: expected a real number as weight"
-            raise TypeError(f"{where}: {expected}, found {weight!r:.200}")
+            _refuse(f"{where}: {name!r}", "a real number as weight", weight, error=TypeError)
         if not math.isfinite(_float32(weight)):
-            expected = f"{name!r}: expected a finite weight"
-            raise ValueError(f"{where}: {expected}, found {weight!r:.200}")
+            _refuse(f"{where}: {name!r}", "a finite weight", weight)
     return tuple(sorted((name, float(weight)) for name, weight in pairs if _float32(weight)))
 
 
@@ -126,26 +121,26 @@ def parse(names: Any) -> tuple[list[Any], tuple[int, ...]]:
     if is_entry(names):
         return [names], ()
     if not isinstance(names, Sequence) or not names:
-        raise ValueError(
-            f"adapters: names: expected a name or a list of names, found {names!r:.200}; "
-            "convert an array or a generator with list(names)"
-        )
+        remedy = "; convert an array or a generator with list(names)"
+        _refuse("adapters: names", "a name or a list of names", names, remedy)
     flat: list[Any] = list(names)
     shape: tuple[int, ...] = (len(flat),)
     nested = [isinstance(row, list | tuple) and not is_entry(row) for row in flat]
     if all(nested):
         lengths = sorted({len(row) for row in flat})
         if len(lengths) != 1 or lengths[0] == 0:
-            raise ValueError(
-                "adapters: names: expected the same number of names for every sequence, found "
-                f"{lengths}"
-            )
+            _refuse("adapters: names", "the same number of names for every sequence", lengths)
         flat, shape = [entry for row in flat for entry in row], (len(flat), lengths[0])
     elif any(nested):
-        raise ValueError(
-            "adapters: names: expected one name per row, or a list for every sequence, found "
-            f'{names!r:.200}; several adapters on one row are {{"a": 1, "b": 1}}'
-        )
+        expected = "one name per row, or a list for every sequence"
+        remedy = '; several adapters on one row are {"a": 1, "b": 1}'
+        _refuse("adapters: names", expected, names, remedy)
     if not all(map(is_entry, flat)):
-        raise ValueError(f"adapters: names: expected names (str or None), found {names!r:.200}")
+        _refuse("adapters: names", "names (str or None)", names)
     return flat, shape
+
+
+def _refuse(
+    where: str, expected: str, found: object, remedy: str = "", error: type[Exception] = ValueError
+) -> NoReturn:
+    raise error(f"{where}: expected {expected}, found {found!r:.200}{remedy}")

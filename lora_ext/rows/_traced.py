@@ -77,21 +77,13 @@ def traced_weights(*where: Any) -> Tensor | None:
     return _active_adapter_weights(*at, tracing.batch, default, mixed) if mixed else None
 
 
-def layer_rows(
-    names: tuple[str, ...],
-    default: int,
-    leading: torch.Size,
-    device: torch.device,
-    tokens_first: bool,
-    of_tokens: bool,
-) -> Rows:
+def layer_rows(names: tuple[str, ...], default: int, *where: Any) -> Rows:
     """Return the rows of a layer that owns adapters of these names; all adapters count as used.
 
-    Outside every block, all rows use the adapter at index ``default``; if ``default`` is
-    :data:`NOBODY`, the op raises ValueError.
+    The arguments are those of the op ``layer_adapter_ids``. Outside every block, all rows use the
+    adapter at index ``default``; if ``default`` is :data:`NOBODY`, the op raises ValueError.
     """
-    ids = _layer_adapter_ids(list(names), default, leading, device, tokens_first, of_tokens)
-    return rows_of(ids, len(names))
+    return rows_of(_layer_adapter_ids(list(names), default, *where), len(names))
 
 
 def block_of_graph(handle: int, default: str | None) -> _context.Block | None:
@@ -143,16 +135,12 @@ def _active_adapter_weights(
     return weights
 
 
-def _rows_of_graph(
-    handle: int,
-    leading: Sequence[int],
-    device: torch.device,
-    tokens_first: bool,
-    of_tokens: bool,
-    batch: Sequence[int],
-    default: str | None,
-) -> Rows | None:
-    """Return the rows of the block in which a graph runs; None if there is no block."""
+def _rows_of_graph(handle: int, leading: Sequence[int], *where: Any) -> Rows | None:
+    """Return the rows of the block in which a graph runs; None if there is no block.
+
+    The arguments are those of the op ``active_adapter_ids``.
+    """
+    device, tokens_first, of_tokens, batch, default = where
     block = block_of_graph(handle, default)
     if block is None:
         return None
@@ -175,20 +163,16 @@ def batch_of(batch: Sequence[int]) -> Batch | None:
     tags=READS_MORE,
 )
 def _layer_adapter_ids(
-    names: Sequence[str],
-    default: int,
-    leading: Sequence[int],
-    device: torch.device,
-    tokens_first: bool,
-    of_tokens: bool,
+    names: Sequence[str], default: int, leading: Sequence[int], device: torch.device, *where: Any
 ) -> Tensor:
     block = _context.current(layer_names.handle, in_graph=True)
     if block is None:
         if default == NOBODY:
             raise no_rows(repr(list(names)))
         return torch.full((math.prod(leading),), default, dtype=torch.int32, device=device)
-    shape = torch.Size(leading)
-    rows = block.rows_among(tuple(names), shape, device, tokens_first, of_tokens)
+    tokens_first, of_tokens = where
+    layout = _context.current_layout(torch.Size(leading), device, tokens_first)
+    rows = block.rows_among(tuple(names), layout, of_tokens)
     return renumbered(rows.ids, rows.used)
 
 

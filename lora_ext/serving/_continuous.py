@@ -28,10 +28,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from lora_ext._checks import renamed
+from lora_ext._checks import renamed, require
 from lora_ext.layers import requests_apart
 from lora_ext.pool import Lease, PoolFullError, serials
-from lora_ext.rows import Entry, Members, Names, _context, _entries, last_start, packed_block
+from lora_ext.rows import Entry, Members, Names, _context, _entries, _generation, last_start
 
 from ._constraining import (
     NO_LOGPROBS,
@@ -254,10 +254,8 @@ class AdapterRequests:
             ValueError: If the prompt lacks the invocation, or another argument is invalid.
         """
         prompt = input_ids if isinstance(input_ids, NamedPrompt) else None
-        if sampling is not None and self.manager.continuous_batching_config.return_logprobs:
-            raise NotImplementedError(
-                f"add_request: sampling: expected {NO_LOGPROBS}, found {sampling}"
-            )
+        alone = sampling is None or not self.manager.continuous_batching_config.return_logprobs
+        require(alone, "add_request", "sampling", NO_LOGPROBS, sampling, NotImplementedError)
         if prompt is not None:
             adapter_name, allow_base = prompt.adapter, prompt.allow_base
         elif adapter_name is _NOT_GIVEN:
@@ -508,7 +506,7 @@ class AdapterRequests:
             members, slots, lengths = zip(*runs, strict=True)
             names = [_entries.name_of(each) for each in members]
             weights, pool = _entries.weights_of(members), (self.names.handle, self.pool.max_slots)
-            block = packed_block(*pool, names, slots, lengths, kept, weights)
+            block = _generation.packed_block(*pool, names, slots, lengths, kept, weights)
             self._last = key, block
         self.computed += count
         with _context.entered(self._last[1]), requests_apart():
@@ -624,6 +622,38 @@ class AdapterRequests:
             result[i] = int(result[i]) + (digit << bits)  # int: += would change a tensor in place
         return result[:page] if mark else result
 
+    @property
+    def unfinished(self) -> int:
+        """Number of waiting and running requests, each of which pins its adapter."""
+        return len(self._requests)
+
+    def pins_adapters(self) -> bool:
+        """Return whether a waiting or running request pins an adapter."""
+        with self._unpinned:
+            return any(request.lease.residents for request in self._requests.values())
+
+    def load(self, most_adapters: int) -> Load:
+        """Return the load of the manager, which uses up to this number of adapters at a time."""
+        processor = self.manager.batch_processor
+        active = list(processor.scheduler.active_requests) if processor is not None else []
+        with self._unpinned:
+            running = {self._root_id(each) for each in active}
+            names = {k: _entries.name_of(each.members) for k, each in self._requests.items()}
+        share = 0.0
+        if processor is not None:
+            cache = processor.cache
+            # Cached pages that no request uses are not counted, because they can be overwritten.
+            allocators = cache.cache_allocators.values()
+            kept = sum(len(each.ledger.cached_blocks) * each.bytes_per_block for each in allocators)
+            total = cache.num_sectors * cache.bytes_per_sector
+            share = max(0, total - cache.compute_free_capacity(relative=False) - kept) / total
+        return Load(
+            running=[name for each, name in names.items() if each in running],
+            waiting=[name for each, name in names.items() if each not in running],
+            most_adapters=most_adapters,
+            cache=share,
+        )
+
 
 @functools.lru_cache(4096)
 def weighted_serial(serial: int, weights: tuple[float, ...]) -> int:
@@ -649,53 +679,6 @@ def add_adapters_to(manager: Any, names: CallNames) -> None:
 def adapter_requests(manager: Any) -> AdapterRequests:
     """Return the requests of an attached model's manager."""
     return manager.__dict__[_KEY]
-
-
-def unfinished(manager: Any) -> int:
-    """Return the number of waiting and running requests, each of which pins its adapter."""
-    return len(adapter_requests(manager)._requests)
-
-
-def pins_adapters(manager: Any) -> bool:
-    """Return whether a waiting or running request pins an adapter."""
-    own = adapter_requests(manager)
-    with own._unpinned:
-        return any(request.lease.residents for request in own._requests.values())
-
-
-def when_freed(manager: Any, call: Callable[[], object]) -> None:
-    """Call a function, in any thread, whenever the last request of an adapter unpins it."""
-    adapter_requests(manager).freed = call
-
-
-def load_of(manager: Any, most_adapters: int) -> Load:
-    """Return the load of an attached model's manager, which uses up to ``most_adapters`` adapters
-    at a time."""
-    own = adapter_requests(manager)
-    processor = manager.batch_processor
-    active = list(processor.scheduler.active_requests) if processor is not None else []
-    with own._unpinned:
-        running = {own._root_id(each) for each in active}
-        names = {each: _entries.name_of(request.members) for each, request in own._requests.items()}
-    share = 0.0
-    if processor is not None:
-        cache = processor.cache
-        # Cached pages that no request uses are not counted, because they can be overwritten.
-        allocators = cache.cache_allocators.values()
-        kept = sum(len(each.ledger.cached_blocks) * each.bytes_per_block for each in allocators)
-        total = cache.num_sectors * cache.bytes_per_sector
-        share = max(0, total - cache.compute_free_capacity(relative=False) - kept) / total
-    return Load(
-        running=[name for each, name in names.items() if each in running],
-        waiting=[name for each, name in names.items() if each not in running],
-        most_adapters=most_adapters,
-        cache=share,
-    )
-
-
-def computed_tokens(manager: Any) -> int:
-    """Return the number of tokens that a manager has computed, without those of shared pages."""
-    return adapter_requests(manager).computed
 
 
 def requests_of(model: nn.Module) -> list[AdapterRequests]:

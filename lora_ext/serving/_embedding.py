@@ -95,20 +95,14 @@ class Embedder(ServedPool):
         *,
         pooling: str = "mean",
         normalize: bool = True,
-        max_requests: int = 64,
-        max_rank: int = 64,
-        max_loaded_bytes: int | None = None,
-        host_cache_bytes: int = 1 << 30,
-        max_wait_s: float = 3.0,
         context: int = 4096,
         max_batch_tokens: int = 4096,
         preparation: Preparation | None = None,
+        **limits: Any,
     ):
         self.pooling, self.normalize = choice("Embedder", "pooling", pooling, POOLINGS), normalize
-        limits = max_rank, max_loaded_bytes, host_cache_bytes
-        super().__init__(model, tokenizer, folder, max_requests, *limits)
+        super().__init__(model, tokenizer, folder, **limits)
         self.max_batch_tokens, self.preparation = max_batch_tokens, preparation
-        self._max_wait_s = max_wait_s
         self.dimensions = model.config.get_text_config().hidden_size
         self.context = min(context, _positions(model))
         if preparation is not None and preparation.max_length is not None:

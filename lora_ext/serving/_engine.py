@@ -20,7 +20,7 @@ from lora_ext.pool import AdapterFolder, AdapterPool, PoolFullError, UnknownAdap
 from lora_ext.rows import Entry, Name, _entries, last_start
 
 from ._constraining import limits_of
-from ._continuous import adapter_requests, load_of, pins_adapters, unfinished, when_freed
+from ._continuous import adapter_requests
 from ._formats import Format
 from ._metrics import Load
 from ._sampling import Logprobs, Sampling
@@ -55,7 +55,7 @@ class ServedPool:
     Attributes:
         pool: the :class:`AdapterPool` of the model.
         folder: the :class:`lora_ext.pool.AdapterFolder` that loads adapters into the pool.
-        tokenizer, max_requests: arguments of the engine.
+        tokenizer, max_requests: arguments of the engine; :class:`Engine` describes the others.
     """
 
     def __init__(
@@ -63,12 +63,15 @@ class ServedPool:
         model: Any,
         tokenizer: Any,
         folder: str | os.PathLike[str],
-        max_requests: int,
-        max_rank: int,
-        max_loaded_bytes: int | None,
-        host_cache_bytes: int,
+        *,
+        max_requests: int = 64,
+        max_rank: int = 64,
+        max_loaded_bytes: int | None = None,
+        host_cache_bytes: int = 1 << 30,
+        max_wait_s: float = 3.0,
     ):
         self.tokenizer, self.max_requests = tokenizer, max_requests
+        self._max_wait_s = max_wait_s
         limits: dict[str, Any] = {"max_bytes": max_loaded_bytes}
         for name, value in (("max_requests", max_requests), ("max_rank", max_rank)):
             integer(type(self).__name__, name, value, 1)
@@ -190,25 +193,20 @@ class Engine(ServedPool):
         tokenizer: Any,
         folder: str | os.PathLike[str],
         *,
-        max_requests: int = 64,
-        max_rank: int = 64,
-        max_loaded_bytes: int | None = None,
-        host_cache_bytes: int = 1 << 30,
-        max_wait_s: float = 3.0,
         context: int = 4096,
         pack_base: bool | int | None = False,
         page_size: int = 64,
         max_batch_tokens: int = 512,
+        **limits: Any,
     ):
         from transformers import ContinuousBatchingConfig, GenerationConfig
 
-        limits = max_rank, max_loaded_bytes, host_cache_bytes
-        super().__init__(model, tokenizer, folder, max_requests, *limits)
+        super().__init__(model, tokenizer, folder, **limits)
         self.model = model
         self.context = min(context, model.config.get_text_config().max_position_embeddings)
         ends = model.generation_config.eos_token_id
         ends = tokenizer.eos_token_id if ends is None else ends
-        blocks = -(-max(4 * self.context, 256 * max_requests) // page_size)
+        blocks = -(-max(4 * self.context, 256 * self.max_requests) // page_size)
         self.manager = attach(model, self.pool, pack_base=pack_base).init_continuous_batching(
             GenerationConfig(do_sample=False, eos_token_id=ends),
             ContinuousBatchingConfig(
@@ -217,8 +215,9 @@ class Engine(ServedPool):
         )
         self._streams: set[RequestStream] = set()
         self._ahead = Ahead(page_size, lambda: self.healthy)
-        self._turns = Turns(max_wait_s)
-        when_freed(self.manager, self._turns.free)
+        self._turns = Turns(self._max_wait_s)
+        self._requests = adapter_requests(self.manager)
+        self._requests.freed = self._turns.free
         self._building = asyncio.Semaphore(2)
         self._vocabulary: Any = None
         self._token_texts: dict[int, str] = {}
@@ -248,16 +247,16 @@ class Engine(ServedPool):
         New requests are accepted and wait. Adapters can be loaded and unloaded, and requests can be
         cancelled. You can call this method from any thread.
         """
-        adapter_requests(self.manager).pause()
+        self._requests.pause()
 
     def resume(self) -> None:
         """End a :meth:`pause`; without one, do nothing."""
-        adapter_requests(self.manager).resume()
+        self._requests.resume()
 
     @property
     def paused(self) -> bool:
         """True between :meth:`pause` and :meth:`resume`."""
-        return adapter_requests(self.manager).paused
+        return self._requests.paused
 
     @property
     def healthy(self) -> bool:
@@ -267,7 +266,7 @@ class Engine(ServedPool):
     @property
     def requests(self) -> int:
         """Number of requests that are being tokenized, are waiting or are running."""
-        return self._preparing + unfinished(self.manager)
+        return self._preparing + self._requests.unfinished
 
     async def begin(
         self,
@@ -344,11 +343,11 @@ class Engine(ServedPool):
                 how["constraint"] = await self._constraint(form)
             while True:
                 await self._turns.wait(turn)
-                pinned, freed = pins_adapters(self.manager), self._turns.freed
+                pinned, freed = self._requests.pins_adapters(), self._turns.freed
                 try:
                     return await self._loaded(turn.name, lambda: self._started(turn, ids, how))
                 except PoolFullError as error:
-                    late = pins_adapters(self.manager) or self._turns.freed != freed
+                    late = self._requests.pins_adapters() or self._turns.freed != freed
                     if error.final or not (pinned or late):
                         error.final = error.final or len(members) > 1
                         raise
@@ -432,7 +431,7 @@ class Engine(ServedPool):
 
     def load(self) -> Load:
         """Return the load of the manager, for routers that choose a server for each request."""
-        found = load_of(self.manager, self.max_requests)
+        found = self._requests.load(self.max_requests)
         return found._replace(waiting=[*found.waiting, *self._turns.names])
 
     def token_text(self, token: int) -> str:

@@ -132,11 +132,9 @@ def _of_openai(given: Mapping[str, Any]) -> Format | None:
 def _of_vllm(given: Mapping[str, Any]) -> Format:
     where = "structured_outputs"
     named = {k: v for k, v in given.items() if v is not None and v is not False}
+    known, found = ", ".join(_KINDS), "an unsupported field"
     for name in _REFUSED:
-        if name in named:
-            raise NotImplementedError(
-                f"{where}: {name}: expected {', '.join(_KINDS)}, found an unsupported field"
-            )
+        require(name not in named, where, name, known, found, NotImplementedError)
     require(len(named) == 1, where, "fields", f"exactly one of {_KINDS}", sorted(named)[:5])
     ((kind, content),) = named.items()
     require(kind in _KINDS, where, "fields", f"one of {_KINDS}", repr(kind)[:80])

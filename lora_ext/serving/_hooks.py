@@ -17,26 +17,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lora_ext._checks import require_flags
+from lora_ext._checks import require, require_flags
 from lora_ext._torch import compiles
 from lora_ext.layers import find_module
-from lora_ext.rows import (
-    Batch,
-    Names,
-    PoolLayer,
-    _context,
-    activated_forward,
-    activated_in,
-    forward_of,
-    generation_scope,
-    has_activated,
-    innermost,
-    prompt_known,
-    refuse_singular,
-    repeat_rows,
-    select_rows,
-    tracing,
-)
+from lora_ext.rows import Batch, Names, PoolLayer, _context, _generation, _traced, refuse_singular
 
 from . import _continuous
 from ._media import KINDS, has_media, media_owners, of_media
@@ -158,8 +142,8 @@ class Hooks:
         """
         refuse_singular("generate", kw)
         names = self.names.of_call(adapter_names)
-        with self.names.block(names), generation_scope(), media_owners(model, args, kw):
-            if has_activated():
+        with self.names.block(names), _generation.generation_scope(), media_owners(model, args, kw):
+            if _generation.has_activated():
                 config = kw.get("generation_config") or getattr(model, "generation_config", None)
                 scale = kw.get("guidance_scale", getattr(config, "guidance_scale", None))
                 if scale is not None and scale != 1:
@@ -167,7 +151,7 @@ class Hooks:
                         "generate: guidance_scale: expected None or 1 with an activated adapter, "
                         f"found {scale}: its start in the unconditional prompt is not known"
                     )
-                prompt_known(*_prompt_and_past(args, kw))
+                _generation.prompt_known(*_prompt_and_past(args, kw))
             return own(*args, **kw)
 
     def _prepare_encoder_decoder_kwargs_for_generation(
@@ -175,14 +159,14 @@ class Hooks:
     ) -> Any:
         # The encoder runs on the inputs before they are repeated. The number of repetitions is
         # reset to 1, because Whisper generates several times in one call.
-        repeat_rows(self.names.handle, 1)
+        _generation.repeat_rows(self.names.handle, 1)
         return own(*args, **kw)
 
     def _expand_inputs_for_generation(
         self, _model: Any, own: _Run, /, expand_size: int = 1, *args: Any, **kw: Any
     ) -> Any:
         expanded = own(expand_size, *args, **kw)
-        repeat_rows(self.names.handle, expand_size)
+        _generation.repeat_rows(self.names.handle, expand_size)
         return expanded
 
     # Whisper repeats its inputs for returned sequences before the encoder runs. It also removes
@@ -194,15 +178,15 @@ class Hooks:
         batch = kw["batch_size"]
         expanded = own(*args, **kw)
         rows = expanded[1]
-        select_rows([row * batch // rows for row in range(rows)], batch)
+        _generation.select_rows([row * batch // rows for row in range(rows)], batch)
         return expanded
 
     def _maybe_reduce_batch(self, _model: Any, own: _Run, /, *args: Any, **kw: Any) -> Any:
         before = kw["batch_idx_map"]
         reduced = own(*args, **kw)
-        repeat_rows(self.names.handle, 1)
+        _generation.repeat_rows(self.names.handle, 1)
         if len(reduced[2]) < len(before):
-            select_rows([before.index(row) for row in reduced[2]], len(before))
+            _generation.select_rows([before.index(row) for row in reduced[2]], len(before))
         return reduced
 
     def init_continuous_batching(self, _model: Any, own: _Run, /, *args: Any, **kw: Any) -> Any:
@@ -232,7 +216,7 @@ class Hooks:
         names = self.names.of_requests("generate_batch", adapter_names, len(inputs))
         # `generate` with a paged cache calls this method after it has searched the prompts for
         # invocations and warned.
-        found = activated_in(self.names.handle) if adapter_names is None else None
+        found = _generation.activated_in(self.names.handle) if adapter_names is None else None
         looked = found is not None and found.fixed
         prompts = named_prompts(inputs, names, allow_base or looked)
         self.names.check_invoked("generate_batch", prompts)
@@ -315,7 +299,9 @@ def _run_forward(run: _Run, model: Any, args: tuple[Any, ...], kwargs: dict[str,
         NotImplementedError: If the forward is a step of a manager that does not support adapters,
             or is traced by torch.jit.trace.
     """
-    if any(name in kwargs for name in _PACKED) and not getattr(innermost(), "packed", False):
+    if any(name in kwargs for name in _PACKED) and not getattr(
+        _context.innermost(), "packed", False
+    ):
         raise NotImplementedError(
             "attach: expected one row per sequence, found a step of a continuous-batching manager "
             "without adapters; use the attached model's init_continuous_batching or generate_batch"
@@ -326,7 +312,7 @@ def _run_forward(run: _Run, model: Any, args: tuple[Any, ...], kwargs: dict[str,
             "keep the adapters of the current block; use torch.export or torch.compile instead"
         )
     traced = compiles()
-    if not traced and innermost() is None:
+    if not traced and _context.innermost() is None:
         return run(*args, **kwargs)
     # The first dimension of these inputs is the batch dimension. The size of the second one is
     # treated as a number of tokens, even if it is a number of channels or features.
@@ -337,13 +323,13 @@ def _run_forward(run: _Run, model: Any, args: tuple[Any, ...], kwargs: dict[str,
     lengths = [x.shape[1] for x in tensors if x.dim() == 2 or x.is_floating_point()]
     sequences = tensors[0].shape[0]
     if traced:  # dynamo can trace attributes of `tracing`, but no ContextVar
-        before, tracing.batch = tracing.batch, (sequences, *lengths)
+        before, _traced.tracing.batch = _traced.tracing.batch, (sequences, *lengths)
         try:
             return run(*args, **kwargs)
         finally:
-            tracing.batch = before
+            _traced.tracing.batch = before
     with (
-        forward_of(Batch(sequences, frozenset(lengths))),
+        _context.forward_of(Batch(sequences, frozenset(lengths))),
         media_owners(model, args, kwargs),
         _activation(model, args, kwargs),
     ):
@@ -354,28 +340,25 @@ def _activation(
     model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> contextlib.AbstractContextManager[None]:
     """Return a context manager in which activated adapters apply to the tokens of a forward."""
-    if not has_activated():
+    if not _generation.has_activated():
         return contextlib.nullcontext()
-    if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
-        raise NotImplementedError(
-            "adapters: names: expected ordinary adapters on an encoder-decoder model, found an "
-            "activated one (alora_invocation_tokens)"
-        )
+    encodes = getattr(getattr(model, "config", None), "is_encoder_decoder", False)
+    expected = "ordinary adapters on an encoder-decoder model"
+    found = "an activated one (alora_invocation_tokens)"
+    require(not encodes, "adapters", "names", expected, found, NotImplementedError)
     given = dict(zip(_parameters(type(model)), args, strict=False)) | kwargs
     ids = given.get("input_ids")
     tokens = given.get("inputs_embeds") if ids is None else ids
     if not isinstance(tokens, Tensor) or tokens.dim() < 2:  # in a vision tower, for example
         return contextlib.nullcontext()
     past = next((given[name] for name in _CACHES if given.get(name) is not None), None)
-    if past is not None and not hasattr(past, "get_seq_length"):
-        raise NotImplementedError(
-            "adapters: names: expected a cache with get_seq_length for an activated adapter, "
-            f"found a {type(past).__name__}"
-        )
+    known, found = past is None or hasattr(past, "get_seq_length"), f"a {type(past).__name__}"
+    expected = "a cache with get_seq_length for an activated adapter"
+    require(known, "adapters", "names", expected, found, NotImplementedError)
     length = 0 if past is None else int(past.get_seq_length())
     keep = given.get("logits_to_keep")
     rows, count = tokens.shape[:2]
-    return activated_forward(ids, rows, count, length, 0 if keep is None else keep)
+    return _generation.activated_forward(ids, rows, count, length, 0 if keep is None else keep)
 
 
 @functools.cache

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from lora_ext.rows import Assignment, Layout, change_blocks, generation_scope, innermost
+from lora_ext.rows import Assignment, Layout, _context, _generation
 
 
 class _Kind(NamedTuple):
@@ -77,11 +77,8 @@ def media_owners(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> I
                 f"{kind.given} in each sequence, found several names and {owners.given} entries in "
                 f"other positions: {type(model).__name__} does not run its tower in {kind.method}"
             )
-    token = _media_owners.set(found)
-    try:
+    with _context.context_value(_media_owners, found):
         yield
-    finally:
-        _media_owners.reset(token)
 
 
 def has_media(model: Any, kwargs: Mapping[str, Any]) -> bool:
@@ -111,13 +108,9 @@ def of_media(
         owners = owners._replace(rows=None)
     # Unset during the call: the method may call the same method of a submodule, which must not
     # change the blocks again.
-    token = _media_owners.set(None)
-    try:
-        with generation_scope():
-            change_blocks(lambda block: _assigned(block.assignment, owners))
-            return own(*args, **kwargs)
-    finally:
-        _media_owners.reset(token)
+    with _context.context_value(_media_owners, None), _generation.generation_scope():
+        _generation.change_blocks(lambda block: _assigned(block.assignment, owners))
+        return own(*args, **kwargs)
 
 
 def _owners(model: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, _Owners]:
@@ -240,10 +233,8 @@ class _Unknown(Assignment):
 
 def _has_several_names() -> bool:
     """Return whether any surrounding block has several names."""
-    block = innermost()
-    while block is not None and len(block.assignment.each()) <= 1:
-        block = block.outer
-    return block is not None
+    blocks = _context.outwards(_context.innermost())
+    return any(len(block.assignment.each()) > 1 for block in blocks)
 
 
 def _assigned(assignment: Assignment, owners: _Owners) -> Assignment:

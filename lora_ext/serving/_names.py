@@ -15,17 +15,7 @@ import torch
 
 from lora_ext._checks import require
 from lora_ext.pool import AdapterPool
-from lora_ext.rows import (
-    ERROR,
-    Entry,
-    Names,
-    _entries,
-    current,
-    last_start,
-    no_block,
-    of_call,
-    pool_handle,
-)
+from lora_ext.rows import ERROR, Entry, Names, _context, _entries, last_start, no_block, pool_handle
 
 
 class CallNames:
@@ -42,7 +32,9 @@ class CallNames:
 
     def block(self, names: Names) -> contextlib.AbstractContextManager[Any]:
         """Return a block for a call with these names; if they are None, keep the current block."""
-        return contextlib.nullcontext() if names is None else of_call(names, pool=self.pool)
+        if names is None:
+            return contextlib.nullcontext()
+        return _context.of_call(names, pool=self.pool)
 
     def of_call(self, given: Names) -> Names:
         """Return the names for a call: ``given``, or the default if it is None outside a block.
@@ -50,7 +42,7 @@ class CallNames:
         Raises:
             RuntimeError: If the default is needed and is "error".
         """
-        if given is not None or self.default is None or current(self.handle) is not None:
+        if given is not None or self.default is None or _context.current(self.handle) is not None:
             return given
         if self.default == ERROR:
             raise no_block()
@@ -73,7 +65,7 @@ class CallNames:
             RuntimeError: If the default is needed and is "error".
         """
         given = self.of_call(given)
-        block = current(self.handle) if given is None else None
+        block = _context.current(self.handle) if given is None else None
         if block is not None:
             shape = block.assignment.shape
             if len(shape) > 1 or not isinstance(block.assignment.places, tuple):

@@ -16,7 +16,7 @@ from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
 
-from lora_ext.rows import Block, current, innermost
+from lora_ext.rows import Block, _context, context_value, current, innermost
 
 _warned: set[int] = set()  # handles of the pools for which a warning was shown
 
@@ -54,10 +54,8 @@ def watch_pipelines() -> None:
     @functools.wraps(call)
     def __call__(self: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
         innermost_of: dict[int, Block] = {}
-        block = innermost()
-        while block is not None:
+        for block in _context.outwards(innermost()):
             innermost_of.setdefault(block.handle, block)
-            block = block.outer
         blocks = frozenset(h for h, b in innermost_of.items() if b.assignment.names)
         names = kwargs.get("adapter_names") is not None
         result = _inside(_call, _Call(names, blocks), call)(self, inputs, *args, **kwargs)
@@ -79,11 +77,8 @@ def _inside(variable: ContextVar[Any], value: Any, run: Callable[..., Any]) -> C
     """Return a function that calls ``run`` with ``variable`` set to ``value``."""
 
     def inside(*args: Any, **kwargs: Any) -> Any:
-        token = variable.set(value)
-        try:
+        with context_value(variable, value):
             return run(*args, **kwargs)
-        finally:
-            variable.reset(token)
 
     return inside
 

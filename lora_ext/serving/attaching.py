@@ -26,16 +26,8 @@ from lora_ext.layers import (
     unpack,
     unspace_products,
 )
-from lora_ext.pool import AdapterPool
-from lora_ext.rows import (
-    ERROR,
-    Entry,
-    PoolLayer,
-    UnknownAdapterError,
-    _entries,
-    _layouts,
-    attachments,
-)
+from lora_ext.pool import AdapterPool, UnknownAdapterError
+from lora_ext.rows import ERROR, Entry, PoolLayer, _entries, _layouts, attachments
 
 from ._continuous import requests_of
 from ._hooks import Hooks, is_hook, uninstall
@@ -153,11 +145,9 @@ def attach(
         warnings.warn(text, DeprecationWarning, stacklevel=2)
     if default != ERROR:
         members = _entries.members_of(default, "attach: default")
-        if not all(name in pool for name in _entries.names_in(default)):
-            raise UnknownAdapterError(
-                "attach: default: expected None, 'error' or one of the adapters "
-                f"{pool.names!r:.200}, found {default!r:.200}"
-            )
+        known = all(name in pool for name in _entries.names_in(default))
+        expected = f"None, 'error' or one of the adapters {pool.names!r:.200}"
+        require(known, "attach", "default", expected, f"{default!r:.200}", UnknownAdapterError)
         default = _entries.spelled(members)
     _check_free(model)
     layers: dict[str, PoolLayer] = {}

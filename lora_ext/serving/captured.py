@@ -21,7 +21,7 @@ from torch import Tensor
 
 from lora_ext._checks import instance, integer, require
 from lora_ext.pool import AdapterPool
-from lora_ext.rows import Assignment, Layout, Rows, capture, in_step, planned
+from lora_ext.rows import Assignment, Layout, Rows, _rows, in_step
 
 from .layers._pool_after import AfterTable, PoolAfter
 from .layers._pool_replaced import ReplacedBank
@@ -190,7 +190,7 @@ class Capturable:
             NotImplementedError: If an adapter is activated.
         """
         self._check_open()
-        if capture(self.device) is not None:
+        if _rows.capture(self.device) is not None:
             raise RuntimeError(
                 "adapters: expected a block around the capture, found one entered inside it"
             )
@@ -216,9 +216,8 @@ class Capturable:
         per_row = assignment.shape != ()  # rows without a name use the base model
         count = len(assignment.places) if per_row else 0
         most = self._graphs.rows or self.max_rows
-        if count > most:
-            limit = f"max_rows={most}" if most == self.max_rows else f"the {most} rows captured"
-            raise ValueError(f"adapters: names: expected at most {limit}, found {count}")
+        limit = f"max_rows={most}" if most == self.max_rows else f"the {most} rows captured"
+        require(count <= most, "adapters", "names", f"at most {limit}", count)
         widths = [1 if isinstance(name, str) else len(name) for name in assignment.names]
         width = max(widths, default=0)
         if width > self.mixed and (width > 1 or assignment.weights is not None):
@@ -229,11 +228,9 @@ class Capturable:
         self._release()  # before the new lease, so that the pool can evict these adapters
         self._lease = lease = self.pool.acquire(assignment.asked)
         for name, invocation in zip(assignment.names, lease.invocations, strict=True):
-            if invocation:
-                raise NotImplementedError(
-                    f"capturable: adapter {name!r}: expected an ordinary adapter, found an "
-                    "activated one, whose rows depend on the prompt"
-                )
+            what, expected = f"adapter {name!r}", "an ordinary adapter"
+            found = "an activated one, whose rows depend on the prompt"
+            require(not invocation, "capturable", what, expected, found, NotImplementedError)
         residents = {resident.slot: resident for resident in lease.residents}.values()
         for resident in residents:
             if missing := self._missing_parts(resident):
@@ -292,7 +289,7 @@ class Capturable:
 
     def note_capture(self, device: torch.device, rows: int = 0) -> None:
         """Record the parts that a graph has if a layer with ``rows`` rows is being captured."""
-        graph = capture(device)
+        graph = _rows.capture(device)
         if graph is None:
             return
         graphs = self._graphs
@@ -313,7 +310,7 @@ class Capturable:
 
         Replays of that graph could only compute the base model.
         """
-        if capture(self.device) is not None:
+        if _rows.capture(self.device) is not None:
             raise RuntimeError(
                 "capturable: expected a block of lora_ext.adapters around the capture, found none; "
                 "enter any, as adapters(None): a replay uses the names that were written before it"
@@ -347,11 +344,9 @@ class Capturable:
         """Assign a place in the banks to each adapter that replaces modules, if it has none."""
         slabs = [slab for slab in self._slabs().values() if slab.replaced]
         for r in residents:
-            if any(r.slot in s.replaced and s.replaced[r.slot].rows is not None for s in slabs):
-                expected = "adapters without trainable_token_indices"
-                raise NotImplementedError(
-                    f"capturable: adapters: expected {expected}, found {r.name!r}"
-                )
+            whole = all(r.slot not in s.replaced or s.replaced[r.slot].rows is None for s in slabs)
+            expected, found = "adapters without trainable_token_indices", repr(r.name)
+            require(whole, "capturable", "adapters", expected, found, NotImplementedError)
         replacing = [r for r in residents if any(r.slot in slab.replaced for slab in slabs)]
         expected = f"at most {self.replaced} adapters per step that replace modules"
         found = f"{[r.name for r in replacing]!r:.200}"
@@ -394,7 +389,7 @@ class Capturable:
             or (layout.tokens_first and len(assignment.shape) == 2)
             or (assignment.shape != () and assignment.spread(layout) != (1, 1))
         ):
-            if capture(device) is None:
+            if _rows.capture(device) is None:
                 return None
             raise ValueError(
                 f"capturable: expected a captured forward of at most {self.max_rows} rows on "
@@ -406,7 +401,7 @@ class Capturable:
 
     def _rows(self, count: int) -> Rows:
         weights = self._weights[:count] if self.mixed else None
-        return planned(tuple(range(self.pool.max_slots)), self._ids[:count], weights)
+        return _rows.planned(tuple(range(self.pool.max_slots)), self._ids[:count], weights)
 
     def table(self, factors: PoolAfter) -> Tensor:
         """Return the table of the scales of a layer with O outputs.
@@ -434,8 +429,6 @@ class Capturable:
         return self._banks.get(name), self._places
 
     def _check_warm(self, name: str) -> None:
-        if capture(self.device) is not None:
-            raise RuntimeError(
-                f"capturable: {name}: expected a step that has run once outside of a capture with "
-                "these adapters in the pool, found a capture of its first run"
-            )
+        outside = _rows.capture(self.device) is None
+        expected = "a step that has run once outside of a capture with these adapters in the pool"
+        require(outside, "capturable", name, expected, "a capture of its first run", RuntimeError)

@@ -15,7 +15,7 @@ from activated import NAMES, activated_pair, prompts, words
 from tiny import make_model
 
 import lora_ext
-from lora_ext.serving._continuous import computed_tokens
+from lora_ext.serving._continuous import adapter_requests
 from lora_ext.serving._engine import Engine
 
 GREEDY: dict[str, Any] = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 0}
@@ -255,11 +255,11 @@ def running(model: Any) -> Iterator[Any]:
 
 def ask(manager: Any, prompt: list[int], name: str | None, **how: Any) -> tuple[list[int], int]:
     """Return the answer to a single request, and the number of tokens computed for it."""
-    before = computed_tokens(manager)
+    before = adapter_requests(manager).computed
     request = manager.add_request(prompt, adapter_name=name, **how)
     result = manager.get_result(request_id=request, timeout=120)
     assert result is not None and result.error is None
-    return result.generated_tokens, computed_tokens(manager) - before
+    return result.generated_tokens, adapter_requests(manager).computed - before
 
 
 def tailed(shared: list[int], name: str | None, seed: int) -> list[int]:
@@ -360,7 +360,7 @@ def test_engine_sends_one_request_ahead_over_an_unread_text(tmp_path: Path) -> N
 
     with torch.no_grad(), engine:
         found = asyncio.run(answers())
-        computed = computed_tokens(engine.manager)
+        computed = adapter_requests(engine.manager).computed
         with pytest.raises(ValueError, match=r"expected the invocation \[7, 8\] of adapter 'act'"):
             asyncio.run(answer(shared, "act"))
     assert found == [alone(reference, *pair) for pair in zip(asked, names, strict=True)]

@@ -14,7 +14,7 @@ from transformers.generation.continuous_batching import ContinuousBatchingManage
 import lora_ext
 from lora_ext.layers import requests_apart
 from lora_ext.layers.model import _attention
-from lora_ext.serving._continuous import load_of
+from lora_ext.serving._continuous import adapter_requests
 
 NEW = 6
 MANY = [f"a{i}" for i in range(16)]
@@ -266,7 +266,7 @@ def test_waiting_requests_for_the_base_model_have_the_name_none() -> None:
         manager.add_request([5, 6], adapter_name=name)
         with lora_ext.adapters(name):
             manager.add_request([5, 6])
-    assert load_of(manager, 1).waiting == [None, None, None, None, "a0", "a0"]
+    assert adapter_requests(manager).load(1).waiting == [None, None, None, None, "a0", "a0"]
     manager.destroy()
 
 

@@ -13,7 +13,7 @@ import lora_ext
 import lora_ext.adapter
 import lora_ext.rows._pool_layer
 from lora_ext.rows._pool_layer import pool_of
-from lora_ext.serving._continuous import computed_tokens
+from lora_ext.serving._continuous import adapter_requests
 
 NAMES = ["red", "green", None, "blue", "green", "red"]
 CLOSE = 2e-5  # tolerance for float32 logits of about 10; an adapter changes them by more than 0.5
@@ -188,7 +188,7 @@ def test_new_weights_of_experts_share_no_pages_with_the_old_ones(tmp_path: Path)
                 assert answers[-1] == expected
     assert answers[0] != answers[2]
     # Of six prompts, three are computed, and three are read from pages except their last tokens.
-    assert computed_tokens(manager) < 4 * len(prompt) + 6 * 4
+    assert adapter_requests(manager).computed < 4 * len(prompt) + 6 * 4
 
 
 @pytest.mark.slow

@@ -11,7 +11,7 @@ from test_continuous_batching import alone, attached, batching, prompts
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from lora_ext.serving._continuous import unfinished
+from lora_ext.serving._continuous import adapter_requests
 from lora_ext.serving._sampling import Sampling
 from lora_ext.serving._streams import RequestStream, TextStream
 
@@ -102,7 +102,7 @@ def test_request_cancelled_before_the_loop_receives_it_is_cancelled() -> None:
         del manager.input_queue.put
         manager.add_request([5, 6], "other", adapter_name="a1")
         assert manager.get_result(timeout=30).request_id == "other"
-        assert unfinished(manager) == 0
+        assert adapter_requests(manager).unfinished == 0
     assert pool.stats()["pins"] == 0
 
 
@@ -120,7 +120,7 @@ def test_streams_give_the_tokens_of_the_single_request() -> None:
             RequestStream(manager, ids, adapter_name=name)
             for ids, name in zip(given, NAMES, strict=True)
         ]
-        assert unfinished(manager) == 4
+        assert adapter_requests(manager).unfinished == 4
         return await asyncio.gather(*map(collect, streams))
 
     with model.continuous_batching_context_manager(**batching()) as manager:
@@ -141,7 +141,7 @@ def test_cancelled_or_failed_stream_releases_everything() -> None:
             await anext(stream)
         with pytest.raises(KeyError, match="'a9' is not loaded"):
             RequestStream(manager, [5, 6, 7], adapter_name="a9")
-        while unfinished(manager):
+        while adapter_requests(manager).unfinished:
             await asyncio.sleep(0.01)
         assert manager.output_router.result_handlers == {}
         broken = RequestStream(manager, [5, 6, 7], adapter_name="a1", max_new_tokens=100_000)
@@ -178,7 +178,7 @@ def test_streams_of_a_stopped_manager_end_with_an_error() -> None:
                     pass
             assert stream.finished
         assert manager.output_router.result_handlers == {}
-        assert pool.stats()["pins"] == unfinished(manager) == 0
+        assert pool.stats()["pins"] == adapter_requests(manager).unfinished == 0
         with pytest.raises(RuntimeError, match="expected a running manager"):
             stream = RequestStream(manager, [5, 6, 7], adapter_name="a0")
             await anext(stream)
@@ -206,7 +206,7 @@ def test_texts_of_a_stream_end_with_a_reason() -> None:
         assert asyncio.run(collect(manager, eos_token_id=tokens[-1]))[1] == "stop"
         cut = asyncio.run(collect(manager, text[2], max_new_tokens=100))
         assert cut == (text[: text.index(text[2])], "stop")
-        while unfinished(manager):
+        while adapter_requests(manager).unfinished:
             time.sleep(0.01)
     assert pool.stats()["pins"] == 0
 

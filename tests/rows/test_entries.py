@@ -9,7 +9,7 @@ import torch
 from two_layers import inputs, make
 
 import lora_ext
-from lora_ext.rows import Assignment, Layout, UnknownAdapterError, layer_rows
+from lora_ext.rows import Assignment, Layout, UnknownAdapterError, _traced
 from lora_ext.serving._names import CallNames
 
 NAN, INF = float("nan"), float("inf")
@@ -190,4 +190,4 @@ def test_compiled_graphs_with_their_own_adapters_refuse_weights() -> None:
         with lora_ext.adapters(given * 2, pool=lora_ext.nn.layer_names):
             layer(torch.ones(2, 5))
             with pytest.raises(NotImplementedError, match=r"compiled.*found .*default.*AdapterP"):
-                layer_rows(("default",), -1, *where)  # as a compiled graph does when it runs
+                _traced.layer_rows(("default",), -1, *where)  # as in a compiled graph

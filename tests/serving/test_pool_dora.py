@@ -150,11 +150,11 @@ def test_autocast_and_a_model_moved_after_attach_are_served() -> None:
         assert y.dtype == torch.bfloat16
         assert (y - exact).abs().max() <= 8 * 2**-9 * exact.abs().max()
         factors = model.layer.after
-        before = factors.table([0])
+        before = factors.factor(0)
         model.double()
         assert model.layer(x.double()).dtype == torch.float64
         assert (model.layer(x.double()) - exact).abs().max() < 1e-5
-        torch.testing.assert_close(factors.table([0]), before)
+        torch.testing.assert_close(factors.factor(0), before)
 
 
 def test_gradients_reach_the_input_after_a_step_in_inference_mode() -> None:

@@ -8,8 +8,8 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch.nn.modules.module as module_globals
 from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook
 
 from lora_ext._torch import parameter
 
@@ -19,13 +19,6 @@ from ._packed_only import PackedOnlyLinear
 from ._spacing import has_other_hooks
 
 _PLAIN = (nn.Parameter, Tensor, type(None))  # quantised weights have other types
-
-_OF_ALL_MODULES = (
-    module_globals._global_forward_hooks,
-    module_globals._global_forward_pre_hooks,
-    module_globals._global_backward_hooks,
-    module_globals._global_backward_pre_hooks,
-)
 
 #: Module or function that maps ``I`` input features to ``O`` output features: ``(..., I)`` to
 #: ``(..., O)``.
@@ -77,7 +70,7 @@ def _is_plain(module: nn.Module, weight: object, divided: bool) -> bool:
         has_other_hooks(module)
         or module._backward_hooks
         or module._backward_pre_hooks
-        or any(_OF_ALL_MODULES)
+        or _has_any_global_hook()
     )
     return not hooked or (divided and _of_zero3(module))
 
@@ -127,7 +120,7 @@ def _dequantised(base: Any, bias: Tensor | None) -> Tensor:
 
 def _of_zero3(module: nn.Module) -> bool:
     """Return whether all hooks of a module were set by DeepSpeed's ZeRO-3."""
-    if not hasattr(module, "ds_id") or any(_OF_ALL_MODULES):
+    if not hasattr(module, "ds_id") or _has_any_global_hook():
         return False
     hooks = (*module._forward_pre_hooks.values(), *module._forward_hooks.values())
     others = module._backward_hooks or module._backward_pre_hooks

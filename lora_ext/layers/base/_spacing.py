@@ -66,9 +66,17 @@ def base_product(base: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
 def unspace_products(layers: Iterable[nn.Module]) -> None:
     """Remove the hooks of :func:`space_products` from ``layers``."""
     for layer in layers:
-        for hooks in (layer._forward_pre_hooks, layer._forward_hooks):
-            for key in [key for key, hook in hooks.items() if hook in _HOOKS]:
-                del hooks[key]
+        remove_hooks(layer, *_HOOKS)
+
+
+def remove_hooks(module: nn.Module, *functions: Callable[..., Any]) -> bool:
+    """Remove these functions from the forward hooks of ``module``; return whether one was there."""
+    found = False
+    for hooks in (module._forward_pre_hooks, module._forward_hooks):
+        for key in [key for key, hook in hooks.items() if hook in functions]:
+            found = bool(hooks.pop(key))
+            module._forward_pre_hooks_with_kwargs.pop(key, None)
+    return found
 
 
 def has_other_hooks(module: nn.Module) -> bool:

@@ -26,6 +26,8 @@ class BaseWeight:
 
     #: Names of the layer's dictionaries that contain A and B by adapter name.
     stores = ("lora_A", "lora_B")
+    #: Type of these dictionaries.
+    store_kind: type[nn.Module] = nn.ModuleDict
     #: Initialisation scheme that ``init_lora_weights=True`` selects.
     default_scheme = "init_a"
     #: True if an adapter may have a bias.
@@ -184,6 +186,7 @@ class EmbeddingWeight(BaseWeight):
     """View for an embedding of ``V`` tokens: the transposed weight multiplies one-hot vectors."""
 
     stores = ("lora_embedding_A", "lora_embedding_B")
+    store_kind = nn.ParameterDict
     default_scheme = "init_b_unit"
     takes_bias = False
 

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
@@ -16,7 +15,9 @@ from torch.utils.hooks import RemovableHandle
 from lora_ext import ops
 from lora_ext._checks import require
 from lora_ext._torch import compiles, evaluating
+from lora_ext.rows import context_value
 
+from ..base._spacing import remove_hooks
 from ..labels import IGNORE
 from ..labels import shift_labels as shifted
 from ._forwards import Forward
@@ -77,11 +78,9 @@ def chunked_loss(model: Model, enabled: bool = True, *, chunk: int = 8192) -> Mo
     # created after the forward on four tokens would contain these unsharded parameters, which
     # training steps do not update.
     for path, parameter in lm.named_parameters():
-        if hasattr(parameter, "full_tensor"):
-            raise NotImplementedError(
-                f"{_WHERE}: model: expected parameters that are not sharded, found a "
-                f"{type(parameter).__name__} in {path}; call {_WHERE} before fully_shard"
-            )
+        whole, expected = not hasattr(parameter, "full_tensor"), "parameters that are not sharded"
+        found = f"a {type(parameter).__name__} in {path}; call {_WHERE} before fully_shard"
+        require(whole, _WHERE, "model", expected, found, NotImplementedError)
     lm.__dict__[_LOSS] = loss = _Loss(layer, own, lm.__dict__.get(_LOSS), chunk)
     Forward.put_before(layer, _layer_forward)
     Forward.put_before(lm, _model_forward)
@@ -103,15 +102,6 @@ class _Call:
     skip: bool  # True if the product of this layer is not computed
     entered: Tensor | None = None  # input of this layer: hidden states, (..., d)
     logits: Tensor | None = None  # logits that the model passed to its loss
-
-    @contextmanager
-    def running(self) -> Iterator[None]:
-        """Set this call as the current one of the thread during a ``with`` block."""
-        token = _running.set(self)
-        try:
-            yield
-        finally:
-            _running.reset(token)
 
 
 _running: ContextVar[_Call | None] = ContextVar("lora_ext.chunked_loss", default=None)
@@ -187,12 +177,12 @@ def _model_forward(lm: Any, own: Callable[..., Any], given: dict[str, Any]) -> A
     if given.get("labels") is None:
         if compiles():
             return own(**given)
-        with _Call(loss.layer, skip=False).running():
+        with context_value(_running, _Call(loss.layer, skip=False)):
             return own(**given)
     asked = given.pop("return_dict", None)
     as_dict = getattr(lm.config, "return_dict", True) if asked is None else asked
     call = _Call(loss.layer, skip=True)
-    with call.running():
+    with context_value(_running, call):
         output = own(**given, return_dict=True)
     if call.entered is None and not compiles():
         _warn_of_another_head(lm.base_model)
@@ -208,7 +198,7 @@ def _before_hidden_states(base: nn.Module, _: Any) -> None:
 
 
 def _warn_of_another_head(base: nn.Module) -> None:
-    if _remove_hook(base):
+    if remove_hooks(base, _before_hidden_states):
         warnings.warn(
             f"{_WHERE}: model: expected training steps that use the loss of the model's forward, "
             f"found one that calls only {type(base).__name__} for its hidden states. TRL's "
@@ -218,20 +208,11 @@ def _warn_of_another_head(base: nn.Module) -> None:
         )
 
 
-def _remove_hook(base: nn.Module) -> bool:
-    """Remove the hook that issues the warning; return whether it was registered."""
-    hooks = base._forward_pre_hooks
-    keys = [key for key, hook in hooks.items() if hook is _before_hidden_states]
-    for key in keys:
-        del hooks[key]
-    return bool(keys)
-
-
 def _probed(lm: Any, loss: _Loss) -> Head:
     """Run a model on four tokens, and return its output head."""
     ids = torch.arange(4, device=lm.get_input_embeddings().weight.device)[None]
     call = _Call(loss.layer, skip=False)
-    with evaluating(lm), torch.no_grad(), call.running():
+    with evaluating(lm), torch.no_grad(), context_value(_running, call):
         lm(input_ids=ids, labels=ids)
     if call.logits is None or call.entered is None:
         expected = "a forward that passes its logits to loss_function"
@@ -242,7 +223,7 @@ def _probed(lm: Any, loss: _Loss) -> Head:
 
 def _remove(lm: Any) -> None:
     Forward.remove(lm, lambda run: run is _model_forward)
-    _remove_hook(lm.base_model)
+    remove_hooks(lm.base_model, _before_hidden_states)
     loss = lm.__dict__.get(_LOSS)
     if isinstance(loss, _Loss):
         Forward.remove(loss.layer, lambda run: run is _layer_forward)

@@ -14,6 +14,7 @@ from lora_ext._checks import flag, instance, require
 from lora_ext.rows import PoolLayer
 
 from ..base._packed_linear import PackedLinear, linears_of, pack_linears, packed_form, unpack
+from ..base._spacing import remove_hooks
 from ._attention import ask_first
 from ._exact_functions import MARK, has_adapters, replace_functions, restore_functions
 
@@ -195,9 +196,7 @@ def _restore(model: Model) -> Model:
     for module in _with_bases(model):
         for key in (MARK, _TREE):
             module.__dict__.pop(key, None)
-        hooks = module._forward_pre_hooks
-        for number in [n for n, hook in hooks.items() if hook is _check_unchanged]:
-            del hooks[number]
+        remove_hooks(module, _check_unchanged)
     return model
 
 

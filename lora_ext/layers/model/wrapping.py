@@ -10,11 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from lora_ext._checks import require, require_flags
-from lora_ext.rows import PoolLayer, _layouts, activated_in, layer_names
+from lora_ext.rows import PoolLayer, _generation, _layouts, layer_names
 
 from .._lora_layer import LoraLayer
 from ..base._modules import READS_WEIGHTS, head_names, linear_size, linear_sizes
-from ..base._spacing import space_products, unspace_products
+from ..base._spacing import remove_hooks, space_products, unspace_products
 from ..labels import IGNORE
 from ..lora_conv import LoraConv
 from ..lora_embedding import LoraEmbedding
@@ -152,16 +152,14 @@ def unwrap(model: Model) -> Model:
         if name in state.requires_grad:
             parameter.requires_grad_(state.requires_grad[name])
     unspace_products(state.spaced)
-    for key, hook in list(model._forward_pre_hooks.items()):
-        if hook is _warn_of_labels:
-            del model._forward_pre_hooks[key], model._forward_pre_hooks_with_kwargs[key]
+    remove_hooks(model, _warn_of_labels)
     del model.__dict__[_KEY]
     return model
 
 
 def _warn_of_labels(_model: nn.Module, _args: Any, given: dict[str, Any]) -> None:
     """Warn before a forward if no row has a label after the start of its activated adapter."""
-    labels, found = given.get("labels"), activated_in(layer_names.handle)
+    labels, found = given.get("labels"), _generation.activated_in(layer_names.handle)
     if not isinstance(labels, Tensor) or found is None or found.starts is None:
         return
     starts = [

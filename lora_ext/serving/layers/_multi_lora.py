@@ -9,13 +9,63 @@ from torch import Tensor, nn
 
 from lora_ext import ops
 from lora_ext._torch import compiles
-from lora_ext.rows import Pool, PoolLayer, Rows, current, pool_rows, untouched
+from lora_ext.rows import Block, Pool, PoolLayer, Rows, _traced, current, untouched
 
 from ._pool_after import PoolAfter, Rescale, rescaled
-from ._pool_replaced import traced_replaced, with_replaced
+from ._pool_replaced import replaced_rows, with_replaced
 
 
-class MultiLoraLinear(PoolLayer):
+class MatrixLayer(PoolLayer):
+    """Layer with one matrix. The pool adds the update of two factors to its output."""
+
+    #: A ``Siblings`` of ``_siblings.py``, which imports this file; None without ``fuse_siblings``.
+    siblings: Any = None
+    #: True if the input is token ids (...), False if it is features (..., I).
+    of_tokens = False
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map (..., I), or token ids (...), to (..., O)."""
+        slab, traced = self.slab, compiles()
+        if self.siblings is not None and not traced:
+            finished = self.siblings.take_output(self, x)
+            if finished is not None:
+                return finished
+        if slab.a_pages is None and not slab.was_replaced:
+            if not traced:
+                untouched(self.pool, x.device)
+            return self.base(x)
+        leading, block = x.shape if self.of_tokens else x.shape[:-1], None
+        if traced:
+            where = leading, x.device, self.pool.max_slots, self.tokens_first, self.of_tokens
+            rows = _traced.pool_rows(self.handle, *where, self.default_text, slab.mixed)
+        else:
+            block = current(self.handle)
+            if block is None:
+                return self.base(x) if self.default is None else self.by_default(x)
+            if self.is_head and block.head is not None:
+                block = block.head
+            rows = self.rows_in(block, leading, x.device, self.of_tokens)
+            if not rows.used:  # all rows belong to the base model
+                return self.base(x)
+        y = self.base(x) if slab.a_pages is None else self.updated(x, rows, block)
+        if slab.was_replaced and block is not None:
+            y = with_replaced(y, x, self.name, slab.replaced, block, self.tokens_first)
+        elif slab.was_replaced:
+            where = self.handle, self.name, self.tokens_first, _traced.tracing.batch
+            y = replaced_rows(y, x, *where, self.default_text)
+        if not traced:
+            self.watch_backward(y)
+        return y
+
+    def updated(self, x: Tensor, rows: Rows, block: Block | None) -> Tensor:
+        """Return the base module's output with the update of each row's adapter.
+
+        ``block`` is None in a compiled graph.
+        """
+        raise NotImplementedError
+
+
+class MultiLoraLinear(MatrixLayer):
     """Linear layer that adds the update of one adapter, or of a mixture, of a pool to each row.
 
     Computes ``y[t] = base(x[t]) + scale[s] * (B[s] A[s] x[t] + bias[s])``, where ``s`` is the slot
@@ -33,108 +83,37 @@ class MultiLoraLinear(PoolLayer):
         name: name of the module in the pool.
     """
 
-    #: A ``Siblings`` of ``_siblings.py``, which imports this file; None without ``fuse_siblings``.
-    siblings: Any = None
-
     def __init__(self, base: nn.Module, pool: Pool, name: str):
         super().__init__(base, pool, name)
         self.after = PoolAfter(base, self.slab, name)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Map (..., I) to (..., O)."""
-        traced = compiles()
-        siblings = None if traced else self.siblings
-        if siblings is not None:
-            finished = siblings.take_output(self, x)
-            if finished is not None:
-                return finished
-        slab = self.slab
-        if slab.before is not None:
-            x = self._before(x, traced)
+    def updated(self, x: Tensor, rows: Rows, block: Block | None) -> Tensor:
+        """Return the base module's output with the update of each row's adapter."""
+        slab, leading, rescale = self.slab, x.shape[:-1], None
+        if slab.before is not None:  # an adapter scales its inputs; 1 for all other rows
+            x = (x * slab.before[rows.ids.long()].view(x.shape)).to(x.dtype)
         y = self.base(x)
-        if slab.a_pages is None and not slab.was_replaced:
-            if not traced:
-                untouched(self.pool, x.device)
-            return y
-        if traced:
-            return self._traced(y, x)
-        block = current(self.handle)
-        if block is None:
-            return y if self.default is None else self.by_default(x)
-        if self.is_head and block.head is not None:
-            block = block.head
-        leading = x.shape[:-1]
-        rows = self.rows_in(block, leading, x.device)
-        if not rows.used:  # all rows belong to the base model
-            return y
-        if slab.a_pages is not None:
-            rescale = None
-            if slab.after is not None:
-                rescale = self.after.rescale(block, leading, x.device, self.tokens_first)
-            try:
-                fused = None if siblings is None else siblings.fused_output(self, x, y, rows)
+        if slab.after is not None and block is not None:
+            rescale = self.after.rescale(block, leading, x.device, self.tokens_first)
+        elif slab.after is not None:
+            rescale = self.after.traced_rescale(self, leading, x.device)
+        try:
+            if self.siblings is not None and block is not None:
+                fused = self.siblings.fused_output(self, x, y, rows)
                 if fused is not None:
                     return fused
-                y = add_adapters(y, x, slab, rows.ids, rows.plan, rescale, rows.weights)
-                if y.requires_grad:
-                    self.watch_backward(y)
-            except ValueError as error:
-                raise self._explained(error) from error
-            except AttributeError as error:
-                if isinstance(y, Tensor):
-                    raise
-                raise NotImplementedError(
-                    f"MultiLoraLinear: {self.name}: expected a module that returns one tensor, "
-                    f"found a {type(self.base).__name__}, which returns a {type(y).__name__}"
-                ) from error
-        if slab.was_replaced:
-            y = with_replaced(y, x, self.name, slab.replaced, block, self.tokens_first)
-        return y
-
-    def _before(self, x: Tensor, traced: bool) -> Tensor:
-        """Scale the input of rows with an adapter that scales inputs."""
-        leading = x.shape[:-1]
-        if traced:
-            ids = traced_rows(self, leading, x.device).ids
-        else:
-            block = current(self.handle)
-            if block is None:  # if there is a default, this layer is called again in its block
-                return x
-            if self.is_head and block.head is not None:
-                block = block.head
-            rows = self.rows_in(block, leading, x.device)
-            if not rows.used:
-                return x
-            ids = rows.ids
-        return (x * self.slab.before[ids.long()].view(x.shape)).to(x.dtype)
-
-    def _traced(self, y: Tensor, x: Tensor) -> Tensor:
-        slab, leading = self.slab, x.shape[:-1]
-        if slab.a_pages is not None:
-            rows = traced_rows(self, leading, x.device)
-            rescale = None
-            if slab.after is not None:
-                rescale = self.after.traced_rescale(self, leading, x.device)
-            y = add_adapters(y, x, slab, rows.ids, rows.plan, rescale, rows.weights)
-        return traced_replaced(y, x, self) if slab.was_replaced else y
-
-    def _explained(self, error: ValueError) -> ValueError:
-        return ValueError(
-            f"MultiLoraLinear: {self.name}: {error} (a pool keeps the dtypes and devices of the "
-            "model it was made for; make it after moving the model, or pass device= and dtype=)"
-        )
-
-
-def traced_rows(
-    layer: PoolLayer, leading: torch.Size, device: torch.device, of_tokens: bool = False
-) -> Rows:
-    """Return the rows of a layer's input in a compiled graph, like :meth:`PoolLayer.rows_in`.
-
-    Their adapters are those of the block in which the graph runs.
-    """
-    slots, turned, mixed = layer.pool.max_slots, layer.tokens_first, layer.slab.mixed
-    more = turned, of_tokens, layer.default_text, mixed
-    return pool_rows(layer.handle, leading, device, slots, *more)
+            return add_adapters(y, x, slab, rows, rescale)
+        except ValueError as error:
+            remedy = "make it after moving the model, or pass device= and dtype="
+            kept = f"a pool keeps the dtypes and devices of the model it was made for; {remedy}"
+            raise ValueError(f"MultiLoraLinear: {self.name}: {error} ({kept})") from error
+        except AttributeError as error:
+            if isinstance(y, Tensor):
+                raise
+            raise NotImplementedError(
+                f"MultiLoraLinear: {self.name}: expected a module that returns one tensor, "
+                f"found a {type(self.base).__name__}, which returns a {type(y).__name__}"
+            ) from error
 
 
 def has_mixtures(slab: Any, weights: Tensor | None) -> bool:
@@ -150,19 +129,13 @@ def scale_and_groups(slab: Any, weights: Tensor | None) -> tuple[Tensor, Tensor 
 
 
 def add_adapters(
-    y: Tensor,
-    x: Tensor,
-    slab: Any,
-    ids: Tensor,
-    plan: Tensor,
-    rescale: Rescale | None,
-    weights: Tensor | None,
+    y: Tensor, x: Tensor, slab: Any, rows: Rows, rescale: Rescale | None = None
 ) -> Tensor:
     """Add the update of each row to ``y (..., O)``, in place if possible, and return the sum.
 
     A decode step calls this function hundreds of times, so the time of each line was measured.
     """
-    a, b = slab.a_pages, slab.b_pages
+    (_, ids, plan, weights), a, b = rows, slab.a_pages, slab.b_pages
     scale, groups, ranks, table = slab.scale, None, slab.ranks, slab.page_table
     if weights is not None or slab.mixed > 1:
         scale, groups = scale_and_groups(slab, weights)
@@ -187,16 +160,17 @@ def add_adapters(
             total = rescaled(total, rescale)
         y = total.to(y.dtype)
     if slab.bias is not None:
-        y = with_bias(y, slab, ids, weights)
+        y = with_bias(y, slab, rows)
     return y
 
 
-def with_bias(y: Tensor, slab: Any, ids: Tensor, weights: Tensor | None) -> Tensor:
+def with_bias(y: Tensor, slab: Any, rows: Rows) -> Tensor:
     """Return ``y`` plus the scaled bias of each row's adapter (PEFT's ``lora_bias``).
 
     For a mixture, the weighted biases of its adapters are added in order, and the sum is rounded
     once. Rows without an adapter in this module are unchanged.
     """
+    _, ids, _, weights = rows
     slot = ids.clamp(min=0)
     columns = slot.unsqueeze(1)  # (T, K)
     if has_mixtures(slab, weights):

@@ -23,16 +23,7 @@ from lora_ext._checks import FLOATS
 from lora_ext._torch import READS_MORE, traced
 from lora_ext.kinds import Factors
 from lora_ext.layers import is_quantised, readable_weight
-from lora_ext.rows import (
-    Block,
-    PoolLayer,
-    batch_of,
-    capturing,
-    current,
-    current_layout,
-    forward_of,
-    tracing,
-)
+from lora_ext.rows import Block, PoolLayer, _context, _traced, capturing
 
 # A compiled graph can contain numbers and tensors but not objects. An op in the graph finds the
 # factors of a layer by number in this registry, which does not keep layers alive.
@@ -95,7 +86,7 @@ class PoolAfter:
 
         Returns None if no adapter of the rows scales its outputs.
         """
-        layout = current_layout(leading, device, tokens_first)
+        layout = _context.current_layout(leading, device, tokens_first)
         of_step = block.step_rows(layout)
         if of_step is not None:
             assert block.step is not None
@@ -105,7 +96,8 @@ class PoolAfter:
         found = block.slot_rows(self.slab.scaled.keys(), layout)
         if found is None:
             return None
-        return Rescale(found.rows, self.table(found.slots)[found.which], self.bias)
+        scales = torch.stack([self.factor(slot) for slot in found.slots])  # (slots, O + 1)
+        return Rescale(found.rows, scales[found.which], self.bias)
 
     def traced_rescale(
         self, layer: PoolLayer, leading: Sequence[int], device: torch.device
@@ -114,27 +106,15 @@ class PoolAfter:
 
         The adapters of the rows are those of the block in which the graph runs.
         """
-        slab = self.slab
-        c = _active_after(
-            layer.handle,
-            self.number,
-            leading,
-            slab.out_features + 1,
-            slab.after.dtype,
-            device,
-            layer.tokens_first,
-            tracing.batch,
-        )
+        width, dtype = self.slab.out_features + 1, self.slab.after.dtype
+        where = dtype, device, layer.tokens_first, _traced.tracing.batch
+        c = _active_after(layer.handle, self.number, leading, width, *where)
         return Rescale(None, c, self.bias)
 
     @property
     def bias(self) -> Tensor | None:
         """Bias of the base layer, which is not scaled."""
         return getattr(self.base, "bias", None)
-
-    def table(self, slots: Sequence[int]) -> Tensor:
-        """Return the scales of these slots, ``(len(slots), O + 1)``."""
-        return torch.stack([self.factor(slot) for slot in slots])
 
     def factor(self, slot: int) -> Tensor:
         """Return the scales ``(O,)`` of a slot, and 1 if the bias is not scaled, else 0.
@@ -232,19 +212,13 @@ class AfterTable:
     tags=READS_MORE,
 )
 def _active_after(
-    handle: int,
-    layer: int,
-    leading: Sequence[int],
-    features: int,
-    dtype: torch.dtype,
-    device: torch.device,
-    tokens_first: bool,
-    batch: Sequence[int],
+    handle: int, layer: int, leading: Sequence[int], features: int, *where: Any
 ) -> Tensor:
+    dtype, device, tokens_first, batch = where
     c = torch.ones(math.prod(leading), features, dtype=dtype, device=device)
-    block, factors = current(handle, in_graph=True), _by_number[layer]
+    block, factors = _context.current(handle, in_graph=True), _by_number[layer]
     if block is not None:
-        with forward_of(batch_of(batch)):
+        with _context.forward_of(_traced.batch_of(batch)):
             rescale = factors.rescale(block, torch.Size(leading), device, tokens_first)
         if rescale is not None:
             rows, found, _ = rescale

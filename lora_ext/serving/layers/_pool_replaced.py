@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from lora_ext._torch import READS_MORE, traced
-from lora_ext.rows import Block, batch_of, block_of_graph, current_layout, forward_of, tracing
+from lora_ext.rows import Block, _context, _traced
 
 
 def with_replaced(
@@ -34,7 +34,7 @@ def with_replaced(
     """
     of_tokens = not x.is_floating_point()
     leading = x.shape if of_tokens else x.shape[:-1]
-    layout = current_layout(leading, x.device, tokens_first)
+    layout = _context.current_layout(leading, x.device, tokens_first)
     # A captured step reads the weights, and the place of each row's adapter among them, at the
     # fixed addresses of a bank. `of_slots` contains the slots at the time of the capture, not those
     # at the time of a replay.
@@ -139,17 +139,6 @@ class ReplacedBank:
         return flat.view(y.shape)
 
 
-def traced_replaced(y: Tensor, x: Tensor, layer: Any) -> Tensor:
-    """Apply :func:`with_replaced` in a compiled graph.
-
-    The slots of the rows come from the ``with lora_ext.adapters(...)`` block that is current when
-    the graph runs.
-    """
-    return _replaced_rows(
-        y, x, layer.handle, layer.name, layer.tokens_first, tracing.batch, layer.default_text
-    )
-
-
 def _no_backward(_ctx: Any, *_grads: Any) -> Sequence[Tensor | None]:
     raise NotImplementedError(
         "attach: backward through a compiled graph is not supported if an adapter replaces a "
@@ -165,18 +154,12 @@ def _no_backward(_ctx: Any, *_grads: Any) -> Sequence[Tensor | None]:
     backward=(_no_backward, None),
     tags=READS_MORE,
 )
-def _replaced_rows(
-    y: Tensor,
-    x: Tensor,
-    handle: int,
-    name: str,
-    tokens_first: bool,
-    batch: Sequence[int],
-    default: str | None,
-) -> Tensor:
-    block, y = block_of_graph(handle, default), y.clone()
+def replaced_rows(y: Tensor, x: Tensor, *where: Any) -> Tensor:
+    """Apply :func:`with_replaced` in a compiled graph, with the block in which the graph runs."""
+    handle, name, tokens_first, batch, default = where
+    block, y = _traced.block_of_graph(handle, default), y.clone()
     if block is None:
         return y
-    with forward_of(batch_of(batch)):
+    with _context.forward_of(_traced.batch_of(batch)):
         replaced = block.lease.pool.modules[name].replaced
         return with_replaced(y, x, name, replaced, block, tokens_first)

@@ -30,11 +30,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules import module as modules_of_torch
+from torch.nn.modules.module import _has_any_global_hook
 
 from lora_ext import ops
 from lora_ext.layers import PackedLinear, has_other_hooks
-from lora_ext.rows import Block, Rows, capturing, innermost, traced_by_python
+from lora_ext.rows import Block, Rows, _rows, innermost
 
 from ._multi_lora import MultiLoraLinear, scale_and_groups, with_bias
 
@@ -101,7 +101,7 @@ class _Call:
         self._x = weakref.ref(x, lambda _: outputs.clear())
         self._block = weakref.ref(block, lambda _: outputs.clear())
         self._version, self._stream = _version(x), _stream(x)
-        keeps_copy = keeps_copy and x.is_inference() and not capturing(x.device)
+        keeps_copy = keeps_copy and x.is_inference() and not _rows.capturing(x.device)
         self._copy = x.clone() if keeps_copy else None
 
     def has_input(self, x: Tensor) -> bool:
@@ -269,10 +269,10 @@ def _is_plain_mode(x: Tensor) -> bool:
     return not (
         torch.is_grad_enabled()
         or torch.is_autocast_enabled("cuda" if x.is_cuda else "cpu")
-        or traced_by_python()
+        or _rows.traced_by_python()
         or torch._C._are_functorch_transforms_active()
         or torch._C._is_tracing()
-        or modules_of_torch._has_any_global_hook()
+        or _has_any_global_hook()
     )
 
 
@@ -332,4 +332,4 @@ def _add_updates(ys: list[Tensor], x: Tensor, slabs: list[Any], rows: Rows) -> N
     )
     for i, slab in enumerate(slabs):
         if slab.bias is not None:
-            ys[i] = with_bias(ys[i], slab, rows.ids, rows.weights)
+            ys[i] = with_bias(ys[i], slab, rows)

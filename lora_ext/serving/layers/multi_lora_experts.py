@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from lora_ext._checks import require
 from lora_ext._torch import compiles
 from lora_ext.layers import Routing, Slots, experts_forward, projections, slots_of
-from lora_ext.rows import PoolLayer, current, traced_weights, tracing, untouched
+from lora_ext.rows import PoolLayer, Rows, _traced, current, untouched
 
 from ._multi_lora import add_adapters
 
@@ -60,10 +60,10 @@ class MultiLoraExperts(PoolLayer):
             # The graph reads the slot of each row from the block in which it runs. `pool_rows`
             # calls the same op but also plans the rows, whereas the plan of experts is for pairs
             # of row and expert.
-            where = x.shape[:-1], x.device, self.tokens_first, False, tracing.batch
+            where = x.shape[:-1], x.device, self.tokens_first, False, _traced.tracing.batch
             slots = torch.ops.lora_ext.active_adapter_ids(self.handle, *where, self.default_text)
             mixed = next(iter(slabs.values())).mixed
-            of_rows = traced_weights(self.handle, *where[:-1], self.default_text, mixed)
+            of_rows = _traced.traced_weights(self.handle, *where[:-1], self.default_text, mixed)
         else:
             block = current(self.handle)
             if block is None and self.default is not None:
@@ -79,7 +79,7 @@ class MultiLoraExperts(PoolLayer):
             if not found:
                 found.append(slots_of(routing, slots, self.pool.max_slots, experts))
             own = None if of_rows is None else of_rows[routing.token]
-            return add_adapters(y, rows, slabs[name], *found[0], None, own)
+            return add_adapters(y, rows, slabs[name], Rows((), *found[0], own))
 
         experts: Any = self.base.num_experts
         found: list[Slots] = []  # shared by both products
