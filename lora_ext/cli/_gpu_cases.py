@@ -449,10 +449,7 @@ def circuit_cases() -> list[Case]:
     parts = "weights values finish ratios dvalues dweights fused".split()
     log_sums = " ".join(f"log_sum_{part}" for part in parts)
     sums, both = partial(compared, "log_einsum_exp", floats=("values",)), ("w", "values")
-    rows = {
-        "launchers": "log_sum_per_row log_sum_per_row_backward",
-        "op": "log_einsum_exp, of rows",
-    }
+    of_rows = "log_sum_per_row log_sum_per_row_backward"
     of_max = partial(dict, norm="logits", semiring="max")
     logits, tables = partial(dict, norm="logits"), "circuit_table circuit_table_backward"
     circuit = partial(circuit_inputs, ((2, 5, 40), (256, 32, 320)))
@@ -466,7 +463,7 @@ def circuit_cases() -> list[Case]:
         compared("circuit_argmax", only(circuit, *PARAMETERS), arguments=HMM),
         verified(circuit),
         sums(sum_inputs, both, launchers=log_sums),
-        sums(_sums_of_rows, both, **rows),
+        sums(_sums_of_rows, both, launchers=of_rows, op="log_einsum_exp, of rows"),
         sums(sum_inputs, (), of_max, launchers="log_max", op="log_einsum_exp, max"),
         compared("circuit_table", _tables, ("table",), logits, launchers=tables),
         Case("circuit_layers", LAYERS, only(program_inputs, *graph), layers, layers_formula),

@@ -38,7 +38,7 @@ _FLUSHES = 16  # The GPU still writes while the host launches the run, so no hos
 _RUNS = 20
 
 
-def gpu_report(arguments: Any) -> int:
+def gpu_report(arguments: Any) -> None:
     """Check and time every kernel on this GPU, and write a report.
 
     Compares every op with its formula and times its kernels, next to the time that
@@ -75,7 +75,6 @@ def gpu_report(arguments: Any) -> int:
     failed = [check["op"] for check in report["checks"] if not check["ok"]]
     if failed:
         raise Fault(f"expected every check to pass, found failures of {', '.join(failed)}")
-    return 0
 
 
 def serve(connection: Connection, backend: str) -> None:

@@ -131,8 +131,8 @@ def _weighted(make: Callable[..., Inputs]) -> Callable[..., Inputs]:
 def _lora_paths() -> list[Case]:
     apply = partial(cases.compared, "lora_apply")
     shrink: Any = partial(cases.compared, "lora_shrink", **cases.FLOAT)
-    weights, leaves = {"floats": ("weights",)}, ("x", "a", "b", "weights")
-    train = _weighted(_sized(300, 72, 48, 16, 3))
+    weights: Any = {"floats": ("weights",)}
+    train, leaves = _weighted(_sized(300, 72, 48, 16, 3)), ("x", "a", "b", "weights")
     return [
         *(apply(_sized(*sizes), op=f"lora_apply, {name}") for name, sizes in _APPLY.items()),
         apply(_paged, op="lora_apply, pages", floats=("scale",)),
