@@ -11,7 +11,16 @@ from lora_ext.kinds import Factors
 
 from ._config import AdapterConfig, BaseModels, alpha_of, model_name, patterns
 from ._live import live_adapter
-from ._low_rank import able_to_learn, norm_of, padded, product_norm, resized, truncated
+from ._low_rank import (
+    TooLarge,
+    able_to_learn,
+    norm_of,
+    padded,
+    product_norm,
+    resized,
+    rounded,
+    truncated,
+)
 from ._model_index import LinearSpec, ModelIndex, check_base
 from ._peft_files import AdapterSource, open_adapter, read_adapter, save_adapter
 from ._peft_tensors import PREFIX, Key, base_name, factor_keys, natural_order, parse_key

@@ -155,12 +155,17 @@ def widest(*tensors: Tensor) -> torch.dtype:
     return functools.reduce(torch.promote_types, dtypes)
 
 
+class TooLarge(ValueError):
+    """Error of a value that overflows the dtype of the result."""
+
+
 def rounded(values: Tensor, like: Tensor, dtype: torch.dtype, where: str) -> Tensor:
-    """Convert float64 values to ``dtype``, on the device of ``like``; raise if one overflows."""
+    """Convert float64 values to ``dtype``, on the device of ``like``; raise :class:`TooLarge` if
+    one overflows."""
     found = values.to(dtype)
     if not bool(found.isfinite().all()):
         largest = values.abs().max().item()
-        raise ValueError(f"{where}: expected values that {dtype} can hold, found {largest:.6g}")
+        raise TooLarge(f"{where}: expected values that {dtype} can hold, found {largest:.6g}")
     return found.to(like.device)
 
 

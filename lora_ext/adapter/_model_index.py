@@ -114,12 +114,13 @@ class ModelIndex:
     """Index of the modules of a model, as needed to read an adapter. It has no strong reference to
     the model."""
 
-    linear: dict[str, LinearSpec]
-    embedding: dict[str, LinearSpec]
-    unsupported: dict[str, str]  # name -> class name
-    output_head: str | None  # name of the output head, which PEFT's "all-linear" excludes
-    classifier: str | None  # name; "all-linear" excludes it for SEQ_CLS without an output head
     weights: BaseWeights
+    output_head: str | None = None  # name of the output head, which PEFT's "all-linear" excludes
+    #: Name; "all-linear" excludes it for SEQ_CLS without an output head.
+    classifier: str | None = None
+    linear: dict[str, LinearSpec] = field(default_factory=dict)
+    embedding: dict[str, LinearSpec] = field(default_factory=dict)
+    unsupported: dict[str, str] = field(default_factory=dict)  # name -> class name
     shared: bool = True  # whether many adapters share the model and must not change its weights
     experts: dict[str, LinearSpec] = field(default_factory=dict)  # by parameter name
     #: Names of all expert matrices by experts module, in the module's order, adapted or not.
@@ -178,14 +179,8 @@ class ModelIndex:
         check_base("AdapterPool", model)
         targets = targets if targets is None or isinstance(targets, str) else tuple(targets)
 
-        linear: dict[str, LinearSpec] = {}
-        embedding: dict[str, LinearSpec] = {}
-        unsupported: dict[str, str] = {}
-        experts: dict[str, LinearSpec] = {}
-        parameters: dict[str, tuple[str, ...]] = {}
-        skipped: dict[str, str] = {}
-        others: dict[str, str] = {}
-        modules = dict(model.named_modules())
+        heads, modules = head_names(model), dict(model.named_modules())
+        index = cls(BaseWeights(model), *heads, **_input_embedding(model, heads[0]))
         layers, stored = linear_sizes(modules), _storage(model, modules, dtype, device)
         for name, module in modules.items():
             parent = modules.get(name.rpartition(".")[0])
@@ -193,21 +188,21 @@ class ModelIndex:
                 owner = type(parent).__name__ if isinstance(parent, READS_WEIGHTS) else None
                 owner = owner or (ROUTED if in_routed_experts(name) else None)
                 if owner is not None:
-                    unsupported[name] = f"{type(module).__name__} of {owner}"
+                    index.unsupported[name] = f"{type(module).__name__} of {owner}"
                     continue
-            found, size = linear, layers.get(name)
+            found, size = index.linear, layers.get(name)
             if type(module) is nn.Embedding and module.max_norm is None:
-                found, size = embedding, (module.num_embeddings, module.embedding_dim)
+                found, size = index.embedding, (module.num_embeddings, module.embedding_dim)
             if size is None:
                 if isinstance(module, _UNSUPPORTED):
-                    unsupported[name] = type(module).__name__
-                others[name] = type(module).__name__
+                    index.unsupported[name] = type(module).__name__
+                index.others[name] = type(module).__name__
                 for parameter, sizes in projections(module).items() if name else ():
                     full = f"{name}.{parameter}"
-                    parameters[name] = (*parameters.get(name, ()), full)
+                    index.parameters[name] = (*index.parameters.get(name, ()), full)
                     if _wanted(full, targets):
                         weight: Tensor = getattr(module, parameter)
-                        experts[full] = LinearSpec(
+                        index.experts[full] = LinearSpec(
                             full, *sizes, *stored(weight, name), experts=len(weight)
                         )
                 continue
@@ -215,17 +210,12 @@ class ModelIndex:
                 continue
             stores = stored(getattr(module, "weight", None), name)
             own = name, *size, *stores, (), 1, type(module) in (nn.Linear, nn.Embedding)
-            found[name] = LinearSpec(*own, embedding=found is embedding)
+            found[name] = LinearSpec(*own, embedding=found is index.embedding)
             if parent is not None and name.rpartition(".")[2] in bypassed(parent):
-                skipped[name] = type(parent).__name__
+                index.bypassed[name] = type(parent).__name__
         expected = "at least one Linear, Conv1D or Embedding module matching targets="
-        some = linear or embedding or experts
-        require(some, "AdapterPool", "model", f"{expected}{targets!r}", "none")
-        heads = head_names(model)
-        more = _input_embedding(model, heads[0])
-        more |= {"experts": experts, "parameters": parameters, "bypassed": skipped}
-        more["others"] = others
-        return cls(linear, embedding, unsupported, *heads, BaseWeights(model), **more)
+        require(index.specs, "AdapterPool", "model", f"{expected}{targets!r}", "none")
+        return index
 
 
 def _storage(

@@ -92,11 +92,9 @@ class CheckedAdapter:
             except KeyError as error:
                 missing = error.args[0]
                 raise ValueError(f"{where}: {missing}: expected a tensor, found none") from None
-            except IndexError as error:
-                raise ValueError(f"{where}: expected indices in range, found {error}") from None
             except NotImplementedError:
                 raise
-            except (TypeError, RuntimeError) as error:  # of torch, such as unequal dtypes
+            except (IndexError, TypeError, RuntimeError) as error:  # of torch
                 expected = f"expected fields and tensors of one {self.config.kind.title} adapter"
                 raise ValueError(f"{where}: {expected}, found {error}") from error
             if self.config.peft_type != "LORA":

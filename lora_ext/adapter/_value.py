@@ -356,12 +356,11 @@ def _implied_index(
             holds = len(info.shape) > 1 or stem not in matrices
             require(holds, tensors.where, key, "a matrix", info.shape)
             shapes.setdefault(module, {})[stem] = info.shape
-    linear: dict[str, LinearSpec] = {}
-    embedding: dict[str, LinearSpec] = {}
+    index = ModelIndex(_Unknown(config), shared=False)
     shapes.pop("", None)
     for name, found in shapes.items():
         if not of_layer:
-            linear[name] = unknown_spec(name, sizes.get(name))
+            index.linear[name] = unknown_spec(name, sizes.get(name))
             continue
         is_embedding = not found.keys().isdisjoint((of_embedding["a"], of_embedding["b"]))
         stems = of_embedding if is_embedding else of_layer
@@ -369,5 +368,6 @@ def _implied_index(
         out, columns, *_ = found.get(stems["b"], (0, 0))
         groups = rank // columns if kernel and columns and rank % columns == 0 else 1
         own = name, inputs, out, torch.float32, torch.device("cpu"), tuple(kernel), groups
-        (embedding if is_embedding else linear)[name] = LinearSpec(*own, embedding=is_embedding)
-    return ModelIndex(linear, embedding, {}, None, None, _Unknown(config), shared=False)
+        found = index.embedding if is_embedding else index.linear
+        found[name] = LinearSpec(*own, embedding=is_embedding)
+    return index

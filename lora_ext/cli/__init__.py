@@ -42,7 +42,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         with warnings.catch_warnings():
             warnings.showwarning = lambda message, *_: complain(f"warning: {message}")
             try:
-                status = parsed.run(parsed)
+                status = parsed.run(parsed) or 0  # only doctor returns a status
             except Fault as fault:
                 complain(fault)
                 status = 1

@@ -22,7 +22,7 @@ _REMEDIES = {
 }
 
 
-def merge(arguments: Namespace) -> int:
+def merge(arguments: Namespace) -> None:
     """Merge several adapters of one base model into one.
 
     The modes, with weights w and updates s B A:
@@ -56,10 +56,9 @@ def merge(arguments: Namespace) -> int:
     ]
     used = {"mode": arguments.mode, "weights": weights}
     show({"out": arguments.out, **used, **describe(merged)}, rows, arguments.json)
-    return 0
 
 
-def resize(arguments: Namespace) -> int:
+def resize(arguments: Namespace) -> None:
     """Change the rank of an adapter and show the error.
 
     A smaller rank keeps the largest singular values of each update, which is the
@@ -95,10 +94,9 @@ def resize(arguments: Namespace) -> int:
         for name, norm in norms.items()
     ]
     show({"out": arguments.out, **describe(resized)}, rows, arguments.json)
-    return 0
 
 
-def prune(arguments: Namespace) -> int:
+def prune(arguments: Namespace) -> None:
     """Remove an adapter from the layers that undo safety.
 
     SPLoRA. Layers are scored by the distance of their update from the change by
@@ -150,7 +148,6 @@ def prune(arguments: Namespace) -> int:
         what: len(chosen),
     }
     show({"out": arguments.out, **used, **describe(found)}, rows, arguments.json)
-    return 0
 
 
 def _rank(adapter: LoraAdapter, module: str) -> int | None:

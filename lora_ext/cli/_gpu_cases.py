@@ -103,11 +103,11 @@ def plain(function: Callable[..., Any], **arguments: Any) -> Any:
 
 def compared(
     name: str,
-    launchers: str,
     make: Make,
     leaves: tuple[str, ...] = (),
-    call: Callable[..., Any] = plain,
     arguments: Callable[[Inputs], Inputs] = dict,
+    call: Callable[..., Any] = plain,
+    launchers: str = "",
     op: str = "",
     **how: Any,
 ) -> Case:
@@ -115,37 +115,40 @@ def compared(
 
     Args:
         name: name of the two functions.
-        launchers: names of the launchers, separated by spaces.
         make: see ``Case``. The names of the inputs are those of arguments of ``call``.
-        leaves: arguments for which gradients of a weighted sum of the result are returned too.
-        call: function that receives one of the two functions and the arguments.
+        leaves: arguments for which gradients of a weighted sum of the first result are returned
+            too. Without leaves, all results are compared.
         arguments: function that prepares the arguments from the inputs, before the timing.
+        call: function that receives one of the two functions and the arguments.
+        launchers: names of the launchers, separated by spaces; by default, there is one, ``name``.
         op: name of the case, if it is not ``name``.
         how: further arguments of ``Case``.
     """
+
+    def results(function: Callable[..., Any], bound: Inputs) -> list[Tensor]:
+        found = call(function, **bound)
+        return tensors([found] if isinstance(found, Tensor) else list(found))
 
     def ready(function: Callable[..., Any], given: Inputs) -> Call:
         bound = arguments(given)
         own = {k: convert(bound[k], lambda t: t.detach().clone().requires_grad_()) for k in leaves}
         bound, at = {**bound, **own}, tensors(own)
+        if not leaves:
+            return lambda: results(function, bound)
         with torch.no_grad():
-            y = call(function, **bound) if leaves else torch.empty(0)  # only its shape is used
+            y = results(function, bound)[0]  # only its shape is used
         weights = torch.linspace(-1, 1, y.numel(), dtype=torch.float64, device=y.device)
         weights = weights.view(y.shape).to(y)
 
         def run() -> list[Tensor]:
-            found = call(function, **bound)
-            if leaves:
-                return [found.detach(), *torch.autograd.grad(found, at, weights)]
-            return tensors([found] if isinstance(found, Tensor) else list(found))
+            found = results(function, bound)[0]
+            return [found.detach(), *torch.autograd.grad(found, at, weights)]
 
         return run
 
-    formula = getattr(reference, name)
-    prepared = partial(ready, getattr(ops, name))
-    return Case(
-        op or name, (*launchers.split(),), make, prepared, lambda i: ready(formula, i)(), **how
-    )
+    names = (*(launchers or name.rstrip("_")).split(),)
+    prepared, formula = (partial(ready, getattr(of, name)) for of in (ops, reference))
+    return Case(op or name, names, make, prepared, lambda i: formula(i)(), **how)
 
 
 # --- LoRA -----------------------------------------------------------------------------------------
@@ -153,7 +156,6 @@ def compared(
 _DECODE = ((5, 72, 48, 16, 3), (64, 4096, 4096, 16, 64))
 _PREFILL = ((300, 72, 48, 16, 3), (4096, 4096, 4096, 16, 4))
 _WIDE = ((300, 72, 48, 264, 2), (4096, 4096, 4096, 512, 1))
-TRAINS = "lora_train_shrink lora_train_backward"
 
 
 def lora_inputs(sizes: Any, g: torch.Generator, size: int) -> Inputs:
@@ -177,9 +179,12 @@ def sibling_inputs(g: torch.Generator, size: int) -> Inputs:
     return {**made[0], **{name: [each[name] for each in made] for name in ("a", "b")}}
 
 
-def siblings(given: Inputs) -> Inputs:
-    x, b = given["x"], given["b"]
-    return {**given, "y": [x.new_zeros(len(x), each.shape[1]) for each in b]}
+def siblings(make: Make, **how: Any) -> Case:
+    def arguments(given: Inputs) -> Inputs:
+        x, b = given["x"], given["b"]
+        return {**given, "y": [x.new_zeros(len(x), each.shape[1]) for each in b]}
+
+    return compared("lora_apply_siblings_", make, (), arguments, launchers="lora_apply", **how)
 
 
 def _plan_inputs(g: torch.Generator, size: int) -> Inputs:
@@ -209,8 +214,16 @@ def _segments(g: torch.Generator, size: int) -> Inputs:
     return {"seg_indptr": indptr, "seg_adapter": torch.arange(len(ends)).int() % 7}
 
 
-def train(function: Any, **arguments: Any) -> Tensor:
-    return function(weight=None, bias=None, **arguments)
+def _with_rows(given: Inputs) -> Inputs:
+    return {**given, "num_tokens": int(given["seg_indptr"][-1])}
+
+
+def _with_output(given: Inputs) -> Inputs:
+    return {**given, "y": given["b"].new_zeros(len(given["v"]), given["b"].shape[1])}
+
+
+def _with_seed(given: Inputs) -> Inputs:
+    return {**given, "p": 0.5, "seed": torch.tensor(7, device=given["x"].device)}
 
 
 def grams(g: torch.Generator, size: int) -> Inputs:
@@ -225,56 +238,45 @@ def _pairs(given: Inputs) -> Inputs:
 
 BF16: Any = {"dtype": torch.bfloat16, "bound": 2.0**-6}
 FLOAT: Any = {"bound": 2.0**-13}  # of results that are float32 or float64 for inputs of every dtype
+#: Function that returns the case of training, see ``compared``.
+train: Any = partial(
+    compared,
+    "lora_linear",
+    leaves=("x", "a", "b"),
+    arguments=partial(dict, weight=None, bias=None),
+    launchers="lora_train_shrink lora_train_backward",
+)
 
 
 def lora_cases() -> list[Case]:
     """Return the cases of the ops that serve, train and measure adapters."""
     decode, prefill, wide = (partial(lora_inputs, sizes) for sizes in (_DECODE, _PREFILL, _WIDE))
-    apply = partial(compared, "lora_apply", "lora_apply", **BF16)
+    apply = partial(compared, "lora_apply", **BF16)
     plan = ("lora_plan", ("lora_plan",), _plan_inputs, _plan)
     return [
         Case(*plan, lambda i: [i["adapter_ids"].cpu()], exact=True, read=_ids_of_plan),
-        compared(
-            *("lora_segment_ids", "lora_segment_ids", _segments),
-            arguments=lambda i: {**i, "num_tokens": int(i["seg_indptr"][-1])},
-            exact=True,
-        ),
-        compared(
-            *("lora_shrink", "lora_shrink", only(decode, "x", "a", "adapter_ids")),
-            **{**BF16, **FLOAT},
-        ),
-        compared(
-            *("lora_expand_", "lora_expand", _projected),
-            arguments=lambda i: {**i, "y": i["b"].new_zeros(len(i["v"]), i["b"].shape[1])},
-            floats=("v",),
-            **BF16,
-        ),
+        compared("lora_segment_ids", _segments, arguments=_with_rows, exact=True),
+        compared("lora_shrink", only(decode, "x", "a", "adapter_ids"), **{**BF16, **FLOAT}),
+        compared("lora_expand_", _projected, arguments=_with_output, floats=("v",), **BF16),
         apply(decode),
         apply(prefill, op="lora_apply, prefill"),
         apply(wide, op="lora_apply, large rank"),
-        compared(
-            *("lora_apply_siblings_", "lora_apply", sibling_inputs), arguments=siblings, **BF16
-        ),
-        compared("lora_linear", TRAINS, prefill, ("x", "a", "b"), train, **BF16),
-        compared(
-            *("lora_dropout", "lora_dropout", only(prefill, "x")),
-            arguments=lambda i: {**i, "p": 0.5, "seed": torch.tensor(7, device=i["x"].device)},
-            **BF16,
-        ),
-        compared("lora_gram", "lora_gram", grams, **FLOAT),
-        compared("lora_pair_stats", "lora_pair_stats", grams, arguments=_pairs, **FLOAT),
+        siblings(sibling_inputs, **BF16),
+        train(prefill, **BF16),
+        compared("lora_dropout", only(prefill, "x"), arguments=_with_seed, **BF16),
+        compared("lora_gram", grams, **FLOAT),
+        compared("lora_pair_stats", grams, arguments=_pairs, **FLOAT),
     ]
 
 
 # --- circuits -------------------------------------------------------------------------------------
 PARAMETERS = ("leaf", "prior", "trans")
+HMM = partial(dict, kind="hmm")
+LAYERS = ("layers_weights", "layers_forward", "layers_backward", "layers_dweights")
 
 
-def _circuit(g: torch.Generator, size: int) -> Inputs:
-    return circuit_inputs(g, *((2, 5, 40), (256, 32, 320))[size])
-
-
-def circuit_inputs(g: torch.Generator, batch: int, states: int, words: int) -> Inputs:
+def circuit_inputs(sizes: Any, g: torch.Generator, size: int) -> Inputs:
+    batch, states, words = sizes[size]
     return {
         "leaf": randn(g, batch, 8, states, words),
         "prior": randn(g, batch, states),
@@ -286,12 +288,10 @@ def circuit_inputs(g: torch.Generator, batch: int, states: int, words: int) -> I
     }
 
 
-def hmm(function: Any, **arguments: Any) -> Any:
-    return function("hmm", **arguments)
-
-
-def scan(function: Any, **arguments: Any) -> Tensor:
-    return function("hmm", **arguments).prefix
+def scan(make: Make, op: str = "") -> Case:
+    make, name = only(make, *PARAMETERS, "x"), "circuit_scan"
+    launchers = "circuit_leaf circuit_leaf_backward circuit_scan circuit_scan_backward"
+    return compared(name, make, PARAMETERS, HMM, launchers=launchers, op=op)
 
 
 def _sampled(given: Inputs) -> Call:
@@ -315,14 +315,13 @@ def _scored(given: Inputs) -> list[Tensor]:
 
 
 def samples(make: Make, op: str = "circuit_sample") -> Case:
-    make = only(make, *PARAMETERS, "uniforms")
-    launchers = ("circuit_sample",)
-    return Case(op, launchers, make, _sampled, _scored, floats=("uniforms",), **FLOAT)
+    make, floats = only(make, *PARAMETERS, "uniforms"), ("uniforms",)
+    return Case(op, ("circuit_sample",), make, _sampled, _scored, floats=floats, **FLOAT)
 
 
 def distributions(make: Make, op: str = "") -> Case:
-    make, name = only(make, *PARAMETERS, "x", "k"), "circuit_conditional_dist"
-    return compared(name, name, make, call=hmm, op=op, **FLOAT)
+    make = only(make, *PARAMETERS, "x", "k")
+    return compared("circuit_conditional_dist", make, arguments=HMM, op=op, **FLOAT)
 
 
 def _verify(given: Inputs) -> Inputs:
@@ -343,9 +342,8 @@ def _verify(given: Inputs) -> Inputs:
 
 
 def verified(make: Make, op: str = "") -> Case:
-    make, name = only(make, *PARAMETERS, "x", "uniforms", "target"), "spec_verify"
-    how: Any = {"floats": ("uniforms",), "exact": True}
-    return compared(name, name, make, arguments=_verify, op=op, **how)
+    make, floats = only(make, *PARAMETERS, "x", "uniforms", "target"), ("uniforms",)
+    return compared("spec_verify", make, (), _verify, op=op, floats=floats, exact=True)
 
 
 def sum_inputs(g: torch.Generator, size: int) -> Inputs:
@@ -448,47 +446,43 @@ def circuit_cases() -> list[Case]:
     They cover sums, tables, circuits of any graph, and circuits with parameters that a network
     computes.
     """
-    scans = "circuit_leaf circuit_leaf_backward circuit_scan circuit_scan_backward"
     parts = "weights values finish ratios dvalues dweights fused".split()
     log_sums = " ".join(f"log_sum_{part}" for part in parts)
-    sums = partial(compared, "log_einsum_exp", floats=("values",))
-    by_row = "log_sum_per_row log_sum_per_row_backward"
-    tables = "circuit_table circuit_table_backward"
+    sums, both = partial(compared, "log_einsum_exp", floats=("values",)), ("w", "values")
+    of_rows = "log_sum_per_row log_sum_per_row_backward"
     of_max = partial(dict, norm="logits", semiring="max")
-    circuit = ("leaf", "w", "numbers", "plan")
-    stages = only(wide_program_inputs, *circuit)
-    whole = ("layers_weights", "layers_forward", "layers_backward", "layers_dweights")
+    logits, tables = partial(dict, norm="logits"), "circuit_table circuit_table_backward"
+    circuit = partial(circuit_inputs, ((2, 5, 40), (256, 32, 320)))
+    graph = ("leaf", "w", "numbers", "plan")
+    stages = only(wide_program_inputs, *graph)
     walk = ("circuit_layers_walk", ("layers_walk",), program_inputs, _walk, _walk_formula)
     return [
-        compared("circuit_scan", scans, only(_circuit, *PARAMETERS, "x"), PARAMETERS, scan),
-        samples(_circuit),
-        distributions(_circuit),
-        compared("circuit_argmax", "circuit_argmax", only(_circuit, *PARAMETERS), call=hmm),
-        verified(_circuit),
-        sums(log_sums, sum_inputs, ("w", "values")),
-        sums(by_row, _sums_of_rows, ("w", "values"), op="log_einsum_exp, of rows"),
-        sums("log_max", sum_inputs, arguments=of_max, op="log_einsum_exp, max"),
-        compared(
-            "circuit_table", tables, _tables, ("table",), arguments=partial(dict, norm="logits")
-        ),
-        Case("circuit_layers", whole, only(program_inputs, *circuit), layers, layers_formula),
-        Case("circuit_layers, by stages", whole, stages, layers, layers_formula),
+        scan(circuit),
+        samples(circuit),
+        distributions(circuit),
+        compared("circuit_argmax", only(circuit, *PARAMETERS), arguments=HMM),
+        verified(circuit),
+        sums(sum_inputs, both, launchers=log_sums),
+        sums(_sums_of_rows, both, launchers=of_rows, op="log_einsum_exp, of rows"),
+        sums(sum_inputs, (), of_max, launchers="log_max", op="log_einsum_exp, max"),
+        compared("circuit_table", _tables, ("table",), logits, launchers=tables),
+        Case("circuit_layers", LAYERS, only(program_inputs, *graph), layers, layers_formula),
+        Case("circuit_layers, by stages", LAYERS, stages, layers, layers_formula),
         Case(*walk, exact=True),
     ]
 
 
 # --- losses and mixtures --------------------------------------------------------------------------
-MIXES = "depth_mix depth_mix_backward"
-MIX_LEAVES = ("hiddens", "gammas", "weights")
-ENTROPIES = " ".join(f"cross_entropy_{part}" for part in ("update", "finish", "gradient"))
-DIVERGENCES = " ".join(f"kl_{part}" for part in ("update", "finish", "gradient"))
+MIXES: Any = {
+    "arguments": partial(dict, eps=1e-5),
+    "launchers": "depth_mix depth_mix_backward",
+}
+#: Function that returns the case of a mixture of layers, see ``compared``.
+mix: Any = partial(compared, "depth_mix", leaves=("hiddens", "gammas", "weights"), **MIXES)
 
 
-def mixes(g: torch.Generator, size: int) -> Inputs:
-    return mix_inputs(g, *((5, 40), (4096, 4096))[size])
-
-
-def mix_inputs(g: torch.Generator, rows: int, width: int) -> Inputs:
+def mix_inputs(sizes: Any, g: torch.Generator, size: int) -> Inputs:
+    rows, width = sizes[size]
     return {
         "hiddens": [randn(g, rows, width) for _ in range(3)],
         "gammas": randn(g, 3, width),
@@ -496,8 +490,7 @@ def mix_inputs(g: torch.Generator, rows: int, width: int) -> Inputs:
     }
 
 
-def mix(function: Any, **arguments: Any) -> Tensor:
-    return function(eps=1e-5, **arguments)
+mixes = partial(mix_inputs, ((5, 40), (4096, 4096)))
 
 
 def head_inputs(g: torch.Generator, size: int) -> Inputs:
@@ -510,15 +503,24 @@ def head_inputs(g: torch.Generator, size: int) -> Inputs:
     }
 
 
-def entropy(function: Any, **arguments: Any) -> Tensor:
-    return function(bias=None, **arguments)
+def entropy(op: str = "", softcap: float | None = None) -> Case:
+    make, leaves = only(head_inputs, "hidden", "weight", "labels"), ("hidden", "weight")
+    arguments = partial(dict, bias=None, softcap=softcap)
+    launchers = "cross_entropy_update cross_entropy_finish cross_entropy_gradient"
+    return compared("chunked_cross_entropy", make, leaves, arguments, launchers=launchers, op=op)
 
 
-def divergence(function: Any, hidden: Tensor, other: Tensor, weight: Tensor, **how: Any) -> Tensor:
-    return function([hidden, other], weight, None, **how)
+def divergence(
+    leaves: tuple[str, ...] = ("hidden", "weight"), op: str = "", softcap: float | None = None
+) -> Case:
+    def call(function: Any, hidden: Tensor, other: Tensor, weight: Tensor) -> Tensor:
+        return function([hidden, other], weight, None, softcap=softcap)
 
-
-LABELS, OTHER = (only(head_inputs, "hidden", "weight", name) for name in ("labels", "other"))
+    make, launchers = (
+        only(head_inputs, "hidden", "weight", "other"),
+        "kl_update kl_finish kl_gradient",
+    )
+    return compared("chunked_kl", make, leaves, call=call, launchers=launchers, op=op)
 
 
 def _heads_of_rows(g: torch.Generator, size: int) -> Inputs:
@@ -532,27 +534,25 @@ def _heads_of_rows(g: torch.Generator, size: int) -> Inputs:
 
 
 def attention(make: Make, op: str = "") -> Case:
-    name, causal = "row_attention", partial(dict, causal=True)
-    return compared(name, name, make, arguments=causal, op=op)
+    return compared("row_attention", make, arguments=partial(dict, causal=True), op=op)
 
 
 # --- packed weights -------------------------------------------------------------------------------
 def _packed_inputs(rows: int, bits: int, minimum: bool, g: torch.Generator, size: int) -> Inputs:
     out, width = ((40, 640), (4096, 4096))[size]
     given = {"x": randn(g, rows, width), "bias": randn(g, out)}
-    packed = reference.pack_weight(randn(g, out, width), bits, 64, minimum)
-    return {**given, "packed": packed}
+    return {**given, "packed": reference.pack_weight(randn(g, out, width), bits, 64, minimum)}
 
 
-def _of_bias(given: Inputs) -> Inputs:
+def _with_outputs(given: Inputs) -> Inputs:
     return {**given, "out_features": len(given["bias"])}
 
 
 def packed(rows: int, bits: int, minimum: bool = False) -> Case:
     """Return the case that multiplies ``rows`` rows by a weight packed to 8 or 4 bits."""
-    name, make = "packed_linear", partial(_packed_inputs, rows, bits, minimum)
-    op = f"{name}, {bits} bits{' and a minimum' * minimum}, {rows} rows"
-    return compared(name, name, make, arguments=_of_bias, op=op)
+    make = partial(_packed_inputs, rows, bits, minimum)
+    op = f"packed_linear, {bits} bits{' and a minimum' * minimum}, {rows} rows"
+    return compared("packed_linear", make, (), _with_outputs, op=op)
 
 
 def packing(bits: int) -> Case:
@@ -561,24 +561,21 @@ def packing(bits: int) -> Case:
     def make(g: torch.Generator, size: int) -> Inputs:
         return {"weight": randn(g, *((40, 640), (4096, 4096))[size])}
 
-    how: Any = {"arguments": partial(dict, bits=bits), "exact": True, "timed": False}
-    return compared("pack_weight", "pack_weight", make, op=f"pack_weight, {bits} bits", **how)
+    arguments, op = partial(dict, bits=bits), f"pack_weight, {bits} bits"
+    return compared("pack_weight", make, (), arguments, op=op, exact=True, timed=False)
 
 
 def unpacking(bits: int, dtype: torch.dtype = torch.float32) -> Case:
     """Return the case that computes the weight of packed codes."""
-
-    def make(g: torch.Generator, size: int) -> Inputs:
-        return only(partial(_packed_inputs, 1, bits, False), "packed")(g, size)
 
     def sizes(given: Inputs) -> Inputs:
         panels, groups = given["packed"].shape[:2]
         wide = {"out_features": panels * 32, "in_features": groups * 64}
         return {**given, **wide, "dtype": dtype}
 
-    name, exact = "unpack_weight", dtype != torch.float32
-    op = f"{name}, {bits} bits{f', {str(dtype)[6:]}' * exact}"
-    return compared(name, name, make, arguments=sizes, op=op, exact=exact)
+    make, exact = only(partial(_packed_inputs, 1, bits, False), "packed"), dtype != torch.float32
+    op = f"unpack_weight, {bits} bits{f', {str(dtype)[6:]}' * exact}"
+    return compared("unpack_weight", make, (), sizes, op=op, exact=exact)
 
 
 def all_cases() -> list[Case]:
@@ -586,9 +583,9 @@ def all_cases() -> list[Case]:
     return [
         *lora_cases(),
         *circuit_cases(),
-        compared("depth_mix", MIXES, mixes, MIX_LEAVES, mix),
-        compared("chunked_cross_entropy", ENTROPIES, LABELS, ("hidden", "weight"), entropy),
-        compared("chunked_kl", DIVERGENCES, OTHER, ("hidden",), divergence),
+        mix(mixes),
+        entropy(),
+        divergence(("hidden",)),
         attention(_heads_of_rows),
         *(packed(rows, bits) for rows in (1, 64) for bits in (8, 4)),
         *(each(bits) for each in (packing, unpacking) for bits in (8, 4)),

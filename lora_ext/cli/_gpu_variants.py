@@ -52,13 +52,7 @@ def _dtypes(timed: list[Case]) -> list[Case]:
 
 def _paths() -> list[Case]:
     """Return cases of kernels that no timed case launches, in every dtype."""
-    variants = [
-        *_lora_paths(),
-        *_weighted_paths(),
-        *_train_paths(),
-        *_circuit_paths(),
-        *_other_paths(),
-    ]
+    variants = [*_lora_paths(), *_circuit_paths(), *_other_paths()]
     return [
         *(_in(case, dtype) for case in variants for dtype in _BOUNDS),
         *(cases.unpacking(bits, half) for bits in (8, 4) for half in (torch.bfloat16, torch.half)),
@@ -68,9 +62,41 @@ def _paths() -> list[Case]:
 
 
 # --- LoRA -----------------------------------------------------------------------------------------
+# (rows, input features, output features, rank, adapters) of each path
+_APPLY = {
+    "odd sizes": (5, 71, 47, 12, 3),
+    "prefill, odd sizes": (300, 71, 47, 12, 3),
+    "prefill of 128 rows": (4096, 72, 48, 16, 2),
+    "prefill of many inputs": (300, 16400, 16, 8, 2),
+    "decode of many inputs": (40, 16400, 16, 8, 2),
+    "large rank, decode": (5, 72, 48, 264, 2),
+    "large rank, many inputs": (40, 16400, 16, 264, 2),
+    "large rank, 128 rows": (4096, 16, 16, 264, 1),
+}
+_WEIGHTED = {
+    "decode": (5, 72, 48, 16, 3),
+    "odd sizes": (5, 71, 47, 12, 3),
+    "prefill": (300, 72, 48, 16, 3),
+    "prefill of 128 rows": (4096, 72, 48, 16, 2),
+}
+_SHRINK = {"many inputs": (40, 16400, 16, 8, 2), "many rows": (16900, 520, 8, 8, 2)}
+_TRAIN = {
+    "rank 40": (300, 72, 48, 40, 2),
+    "many rows": (1200, 40, 24, 8, 2),
+    "many rows, rank 40": (1200, 40, 24, 40, 2),
+    "128 rows": (4096, 24, 24, 16, 1),
+    "128 rows, rank 40": (4096, 24, 24, 72, 1),
+    "rank 264": (300, 72, 48, 264, 1),
+    "few rows, rank 264": (40, 72, 48, 264, 1),
+    "rank 264, many inputs": (40, 3400, 16, 264, 1),
+    "many outputs": (300, 24, 1040, 8, 1),
+    "128 rows, rank 264": (4096, 16, 16, 264, 1),
+}
+
+
 def _sized(*sizes: int) -> Callable[..., Inputs]:
     """Return the function that makes banks for (rows, inputs, outputs, rank, adapters)."""
-    return lambda g, size: cases.lora_inputs((sizes, sizes), g, size)
+    return partial(cases.lora_inputs, (sizes,))
 
 
 def _paged(g: torch.Generator, size: int) -> Inputs:
@@ -93,30 +119,6 @@ def _paged(g: torch.Generator, size: int) -> Inputs:
     }
 
 
-def _lora_paths() -> list[Case]:
-    apply = partial(cases.compared, "lora_apply", "lora_apply")
-    shrink: Any = partial(cases.compared, "lora_shrink", "lora_shrink", **cases.FLOAT)
-    shapes = {
-        "odd sizes": (5, 71, 47, 12, 3),
-        "prefill, odd sizes": (300, 71, 47, 12, 3),
-        "prefill of 128 rows": (4096, 72, 48, 16, 2),
-        "prefill of many inputs": (300, 16400, 16, 8, 2),
-        "decode of many inputs": (40, 16400, 16, 8, 2),
-        "large rank, decode": (5, 72, 48, 264, 2),
-        "large rank, many inputs": (40, 16400, 16, 264, 2),
-        "large rank, 128 rows": (4096, 16, 16, 264, 1),
-    }
-    inputs = {"many inputs": (40, 16400, 16, 8, 2), "many rows": (16900, 520, 8, 8, 2)}
-    return [
-        *(apply(_sized(*sizes), op=f"lora_apply, {name}") for name, sizes in shapes.items()),
-        apply(_paged, op="lora_apply, pages", floats=("scale",)),
-        *(
-            shrink(cases.only(_sized(*sizes), "x", "a", "adapter_ids"), op=f"lora_shrink, {name}")
-            for name, sizes in inputs.items()
-        ),
-    ]
-
-
 def _weighted(make: Callable[..., Inputs]) -> Callable[..., Inputs]:
     """Return the function that also makes a weight for each row."""
 
@@ -127,73 +129,33 @@ def _weighted(make: Callable[..., Inputs]) -> Callable[..., Inputs]:
     return weighted
 
 
-def _weighted_paths() -> list[Case]:
-    """Return cases of rows with weights."""
-    shapes = {
-        "decode": (5, 72, 48, 16, 3),
-        "odd sizes": (5, 71, 47, 12, 3),
-        "prefill": (300, 72, 48, 16, 3),
-        "prefill of 128 rows": (4096, 72, 48, 16, 2),
-    }
-    siblings, leaves = "lora_apply_siblings_", ("x", "a", "b", "weights")
-    compared = partial(cases.compared, floats=("weights",))
+def _lora_paths() -> list[Case]:
+    apply = partial(cases.compared, "lora_apply")
+    shrink: Any = partial(cases.compared, "lora_shrink", **cases.FLOAT)
+    weights: Any = {"floats": ("weights",)}
+    train, leaves = _weighted(_sized(300, 72, 48, 16, 3)), ("x", "a", "b", "weights")
     return [
+        *(apply(_sized(*sizes), op=f"lora_apply, {name}") for name, sizes in _APPLY.items()),
+        apply(_paged, op="lora_apply, pages", floats=("scale",)),
         *(
-            compared(
-                *("lora_apply", "lora_apply", _weighted(_sized(*sizes))),
-                op=f"lora_apply with weights, {name}",
-            )
-            for name, sizes in shapes.items()
+            shrink(cases.only(_sized(*sizes), "x", "a", "adapter_ids"), op=f"lora_shrink, {name}")
+            for name, sizes in _SHRINK.items()
         ),
-        compared(
-            *(siblings, "lora_apply", _weighted(cases.sibling_inputs)),
-            arguments=cases.siblings,
-            op=f"{siblings} with weights",
+        *(
+            apply(_weighted(_sized(*sizes)), op=f"lora_apply with weights, {name}", **weights)
+            for name, sizes in _WEIGHTED.items()
         ),
-        compared(
-            *("lora_linear", cases.TRAINS, _weighted(_sized(300, 72, 48, 16, 3))),
-            *(leaves, cases.train),
-            op="lora_linear with weights",
+        cases.siblings(
+            _weighted(cases.sibling_inputs), op="lora_apply_siblings_ with weights", **weights
         ),
+        cases.train(train, leaves=leaves, op="lora_linear with weights", **weights),
+        *(cases.train(_sized(*sizes), op=f"lora_linear, {name}") for name, sizes in _TRAIN.items()),
     ]
-
-
-def _train_paths() -> list[Case]:
-    shapes = {
-        "rank 40": (300, 72, 48, 40, 2),
-        "many rows": (1200, 40, 24, 8, 2),
-        "many rows, rank 40": (1200, 40, 24, 40, 2),
-        "128 rows": (4096, 24, 24, 16, 1),
-        "128 rows, rank 40": (4096, 24, 24, 72, 1),
-        "rank 264": (300, 72, 48, 264, 1),
-        "few rows, rank 264": (40, 72, 48, 264, 1),
-        "rank 264, many inputs": (40, 3400, 16, 264, 1),
-        "many outputs": (300, 24, 1040, 8, 1),
-        "128 rows, rank 264": (4096, 16, 16, 264, 1),
-    }
-    leaves = ("x", "a", "b")
-    train = partial(cases.compared, "lora_linear", cases.TRAINS, leaves=leaves, call=cases.train)
-    return [train(_sized(*sizes), op=f"lora_linear, {name}") for name, sizes in shapes.items()]
-
-
-def _many_states(g: torch.Generator, size: int) -> Inputs:
-    """Return a circuit with more states than a warp walks."""
-    return cases.circuit_inputs(g, 2, 40, 24)
-
-
-def _long_rows(g: torch.Generator, size: int) -> Inputs:
-    """Return a circuit with more words than a warp reads."""
-    return cases.circuit_inputs(g, 1, 12, 4100)
-
-
-def _many_words(g: torch.Generator, size: int) -> Inputs:
-    """Return a circuit with more words than one block verifies."""
-    return cases.circuit_inputs(g, 1, 2, 4096)
 
 
 # Bound of the error of log-values by precision, relative to the largest one. "high" keeps 16 bits
 # of both operands of a product, "fp16s" 11 bits.
-_PRECISIONS = {"fp32": 1e-4, "high": 2.0**-13, "fp16s": 2.0**-10}
+_PRECISIONS = {"high": 2.0**-13, "fp16s": 2.0**-10}
 
 
 def _precise(precision: str) -> Callable[..., Tensor]:
@@ -205,27 +167,20 @@ def _precise(precision: str) -> Callable[..., Tensor]:
 
 
 def _circuit_paths() -> list[Case]:
-    parameters = cases.PARAMETERS
-    states = cases.only(_many_states, *parameters, "x")
-    scans = "circuit_scan circuit_scan_backward"
-    sums = partial(cases.compared, "log_einsum_exp", "log_sum_fused", cases.sum_inputs)
+    # (rows, states, words): more states than a warp walks, more words than a warp reads, and more
+    # words than one block verifies.
+    sizes = ((2, 40, 24), (1, 12, 4100), (1, 2, 4096))
+    states, long, words = (partial(cases.circuit_inputs, (each,)) for each in sizes)
+    sums = partial(cases.compared, "log_einsum_exp", cases.sum_inputs, launchers="log_sum_fused")
     return [
-        cases.compared(
-            *("circuit_scan", scans, states, parameters, cases.scan), op="circuit_scan, 40 states"
-        ),
-        cases.samples(_many_states, "circuit_sample, 40 states"),
-        cases.samples(_long_rows, "circuit_sample, 4100 words"),
-        cases.distributions(_many_states, "circuit_conditional_dist, 40 states"),
-        cases.verified(_many_words, "spec_verify, by a grid"),
+        cases.scan(states, "circuit_scan, 40 states"),
+        cases.samples(states, "circuit_sample, 40 states"),
+        cases.samples(long, "circuit_sample, 4100 words"),
+        cases.distributions(states, "circuit_conditional_dist, 40 states"),
+        cases.verified(words, "spec_verify, by a grid"),
         *(
-            sums(
-                call=_precise(precision),
-                op=f"log_einsum_exp, {precision}",
-                floats=("values",),
-                bound=bound,
-            )
-            for precision, bound in _PRECISIONS.items()
-            if precision != "fp32"
+            sums(call=_precise(p), op=f"log_einsum_exp, {p}", floats=("values",), bound=bound)
+            for p, bound in _PRECISIONS.items()
         ),
     ]
 
@@ -254,52 +209,44 @@ def _layers_formula(semiring: str) -> Callable[[Inputs], list[Tensor]]:
 
 def _layers_paths() -> list[Case]:
     """Return cases of whole circuits, whose numbers are always float32."""
-    launchers = ("layers_weights", "layers_forward", "layers_backward", "layers_dweights")
+    forward = cases.LAYERS[:2]
     trees = {"tree": partial(_tree, 4, 3), "wide tree": partial(_tree, 64, 130)}
     chosen = {"by stages": cases.wide_program_inputs, **trees}
     return [
         *(
             # Gradients of weights are differences of sums over rows, which are nearly equal.
             Case(
-                *(f"circuit_layers, {name}", launchers, make, cases.layers, cases.layers_formula),
+                *(f"circuit_layers, {name}", cases.LAYERS, make),
+                *(cases.layers, cases.layers_formula),
                 bound=1e-3,
             )
             for name, make in trees.items()
         ),
         *(
             Case(
-                *(f"circuit_layers, {name}, {precision}", launchers[:2], make),
+                *(f"circuit_layers, {name}, {precision}", forward, make),
                 *(_layers_in(precision), _layers_formula("sum"), torch.float32, bound),
             )
             for name, make in chosen.items()
             for precision, bound in _PRECISIONS.items()
-            if precision != "fp32"
         ),
         Case(
-            *("circuit_layers, max", launchers[:2], cases.program_inputs),
+            *("circuit_layers, max", forward, cases.program_inputs),
             *(_layers_in("fp32", "max"), _layers_formula("max")),
         ),
     ]
 
 
 # --- losses and mixtures --------------------------------------------------------------------------
-def _odd_mixes(g: torch.Generator, size: int) -> Inputs:
-    return cases.mix_inputs(g, 5, 37)
-
-
 def _routed_mixes(g: torch.Generator, size: int) -> Inputs:
-    given = cases.only(lambda g, _: cases.mix_inputs(g, 5, 40), "hiddens", "gammas")(g, size)
+    given = cases.only(cases.mixes, "hiddens", "gammas")(g, size)
     return {**given, "router": cases.randn(g, 3, 40) / 6, "bias": cases.randn(g, 3)}
 
 
 def _wide_norms(given: Inputs) -> Inputs:
-    """Return inputs with float32 norm weights (float64 for float64 inputs)."""
+    """Return arguments with float32 norm weights (float64 for float64 inputs)."""
     dtype = reference.accumulator(given["hiddens"][0].dtype)
-    return {**given, "gammas": given["gammas"].to(dtype)}
-
-
-def _routed(function: Any, **arguments: Any) -> Tensor:
-    return cases.mix(function, **arguments)[0]
+    return {**given, "eps": 1e-5, "gammas": given["gammas"].to(dtype)}
 
 
 def _wide_heads(g: torch.Generator, size: int) -> Inputs:
@@ -312,7 +259,7 @@ def _gram_paths() -> list[Case]:
     """Return the cases of Gram matrices in float64, of factors of every dtype."""
     wide = partial(dict, dtype=torch.float64)
     how: Any = {"arguments": wide, "op": "lora_gram in float64", "bound": 1e-10}
-    grams = cases.compared("lora_gram", "lora_gram", cases.grams, **how)
+    grams = cases.compared("lora_gram", cases.grams, **how)
     stats = next(case for case in cases.lora_cases() if case.op == "lora_pair_stats")
     return [
         *(_in(grams, dtype) for dtype in (*_BOUNDS, torch.float64)),
@@ -321,26 +268,18 @@ def _gram_paths() -> list[Case]:
 
 
 def _other_paths() -> list[Case]:
-    routing = ("hiddens", "gammas", "router")
-    how: Any = {"leaves": cases.MIX_LEAVES, "call": cases.mix}
-    mix = partial(cases.compared, "depth_mix", cases.MIXES, **how)
-    name = "depth_mix_routed"
-    routed = partial(cases.compared, name, cases.MIXES, _routed_mixes, routing, _routed)
-    both = ("hidden", "weight")
-    kl = partial(cases.compared, "chunked_kl", cases.DIVERGENCES, cases.OTHER, both)
-    capped = partial(cases.entropy, softcap=3.0)
+    odd, wide = partial(cases.mix_inputs, ((5, 37),)), {"arguments": _wide_norms}
+    leaves, name = ("hiddens", "gammas", "router"), "depth_mix_routed"
+    routed: Any = partial(cases.compared, name, _routed_mixes, leaves, **cases.MIXES)
     return [
-        mix(_odd_mixes, op="depth_mix, odd width"),
+        cases.mix(odd, op="depth_mix, odd width"),
         routed(),
-        mix(cases.mixes, arguments=_wide_norms, op="depth_mix, float32 norms"),
-        mix(_odd_mixes, arguments=_wide_norms, op="depth_mix, odd width, float32 norms"),
-        routed(arguments=_wide_norms, op="depth_mix_routed, float32 norms"),
-        cases.compared(
-            *("chunked_cross_entropy", cases.ENTROPIES, cases.LABELS, both, capped),
-            op="chunked_cross_entropy, capped",
-        ),
-        kl(cases.divergence, op="chunked_kl, weight"),
-        kl(partial(cases.divergence, softcap=3.0), op="chunked_kl, capped"),
+        cases.mix(cases.mixes, op="depth_mix, float32 norms", **wide),
+        cases.mix(odd, op="depth_mix, odd width, float32 norms", **wide),
+        routed(op="depth_mix_routed, float32 norms", **wide),
+        cases.entropy("chunked_cross_entropy, capped", 3.0),
+        cases.divergence(op="chunked_kl, weight"),
+        cases.divergence(op="chunked_kl, capped", softcap=3.0),
         cases.attention(_wide_heads, "row_attention, 96 columns"),
         *(cases.packed(rows, bits) for rows in (12, 20) for bits in (8, 4)),
         *(cases.packed(rows, 4, minimum=True) for rows in (1, 12, 20, 64)),

@@ -24,7 +24,7 @@ _REQUESTS = (
 )
 
 
-def distil_guide(arguments: Namespace) -> int:
+def distil_guide(arguments: Namespace) -> None:
     """Train a guide for constrained generation on samples of a model.
 
     Writes DIR/guide.safetensors for lora_ext.control.Guide.load, with the head
@@ -58,7 +58,6 @@ def distil_guide(arguments: Namespace) -> int:
     guide.save(arguments.out)
     summary = {"out": str(arguments.out), "states": guide.num_states, **guide.measures}
     show({key.replace("_", " "): value for key, value in summary.items()}, [], arguments.json)
-    return 0
 
 
 def _tokens(tokenizer: Any, request: str) -> list[int]:

@@ -22,7 +22,7 @@ def doctor(arguments: Namespace) -> int:
     return devices.main(as_json=arguments.json)
 
 
-def inspect(arguments: Namespace) -> int:
+def inspect(arguments: Namespace) -> None:
     """Show the modules of an adapter: ranks, norms, bad values.
 
       norm  Frobenius norm of the update, scaling * B A
@@ -59,10 +59,9 @@ def inspect(arguments: Namespace) -> int:
         more = f" and {len(bad) - _LISTED} more" if len(bad) > _LISTED else ""
         places = f"{', '.join(bad[:_LISTED])}{more}"
         raise Fault(f"{arguments.adapter}: expected finite values, found NaN or inf in {places}")
-    return 0
 
 
-def diff(arguments: Namespace) -> int:
+def diff(arguments: Namespace) -> None:
     """Compare two adapters of one base model.
 
     The columns of a module:
@@ -109,7 +108,6 @@ def diff(arguments: Namespace) -> int:
         "not compared": [what for what, there in beyond.items() if there] or None,
     }
     show(summary, rows, arguments.json)
-    return 0
 
 
 def describe(adapter: LoraAdapter) -> dict[str, Any]:

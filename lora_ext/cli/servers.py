@@ -7,7 +7,7 @@ from argparse import Namespace
 from ._output import say
 
 
-def serve(arguments: Namespace) -> int:
+def serve(arguments: Namespace) -> None:
     """Serve OpenAI's API over HTTP; `model` selects an adapter.
 
     Serves chats and completions of a causal LM with continuous batching, or
@@ -22,4 +22,3 @@ def serve(arguments: Namespace) -> int:
         raise ValueError(f"expected {error.name}, found none: {remedy}") from None
     names = server.Settings.__dataclass_fields__
     server.serve(server.Settings(**{name: getattr(arguments, name) for name in names}), say)
-    return 0

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from lora_ext._checks import number, require
-from lora_ext.adapter import PREFIX, able_to_learn, norm_of, padded, truncated
+from lora_ext.adapter import PREFIX, TooLarge, able_to_learn, norm_of, padded, rounded, truncated
 
 from ._plan import PATTERN, Pair, layer_pairs
 from ._update import Client, NanPolicy, RankAgg, Reply, Rules, Settings, Update, Upload, accept
@@ -164,14 +164,10 @@ def average(rules: Rules, updates: Iterable[Update]) -> Aggregate:
         for key in settings.shared:
             if parts := round_.parts(key):
                 round_.write(key, _mean(parts))
-    except _TooLarge as error:
+    except TooLarge as error:
         return replace(result, skipped=True, reason=str(error))
     new = {**result.state, **round_.new}
     return replace(result, state=new, noise=round_.noise(), stacked=round_.stacked)
-
-
-class _TooLarge(ArithmeticError):
-    """Raised if a result overflows the dtype of the state."""
 
 
 class _Round:
@@ -242,7 +238,7 @@ class _Round:
         a, b = _stack_of(self._moved(_normalised(parts), start_a, start_b))
         size = norm_of(a, b)
         if not math.isfinite(size):
-            raise _TooLarge(f"{pair.module}: expected products of a finite norm, found {size}")
+            raise TooLarge(f"{pair.module}: expected products of a finite norm, found {size}")
         dtype = self.rules.state[pair.a].dtype
         near_a, near_b, dropped = truncated(a, b, start_a.shape[0], dtype)
         near_a, near_b = padded(near_a, near_b, start_a.shape[0])
@@ -283,11 +279,7 @@ class _Round:
         if not moved and self.server_lr != 1:
             start = self._start(key)
             value = start + self.server_lr * (value - start)
-        exact, value = value, value.to(before.dtype)
-        if not bool(value.isfinite().all()):
-            found = f"{exact.abs().max().item():.6g}"
-            raise _TooLarge(f"{key}: expected values that {before.dtype} can hold, found {found}")
-        self.new[key] = value.to(before.device)
+        self.new[key] = rounded(value, before, before.dtype, key)
 
 
 def _scales(scaling: float | Mapping[str, float], pairs: Sequence[Pair]) -> dict[str, float]:

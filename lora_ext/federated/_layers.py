@@ -299,6 +299,17 @@ def forwards(replaced: Mapping[nn.Module, Callable[..., Any]]) -> Iterator[None]
                 module.forward = own
 
 
+@contextlib.contextmanager
+def assigned(owner: Any, name: str, value: Any) -> Iterator[None]:
+    """Return a context manager in which an attribute of an object has another value."""
+    before = getattr(owner, name)
+    setattr(owner, name, value)
+    try:
+        yield
+    finally:
+        setattr(owner, name, before)
+
+
 def _one_block(layer: int, names: set[str]) -> str:
     expected = f"one block of index {layer}"
     found = f"{sorted(names)}; name the stack in the pattern, as in r'decoder\\.layers\\.(\\d+)\\.'"

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from lora_ext._checks import number, renamed, require
+from lora_ext.adapter import rounded
 
 from ._plan import PATTERN, Pair, layer_pairs
 from ._update import Rules, Settings, Update, Upload, accept
@@ -137,11 +138,8 @@ def divided(
             # The quotients of untrained ranks are not used; dividing by 1 prevents NaN.
             total = torch.where(trained, weights, torch.ones_like(weights)).view(by_rank)
             moved = before + server_lr * sums[key].to("cpu", torch.float64) / total
-            value = torch.where(trained.view(by_rank), moved, before).to(state[key].dtype)
-            if not bool(value.isfinite().all()):
-                found, largest = f"values that {value.dtype} can hold", moved.abs().max().item()
-                raise ValueError(f"aggregate_masked: {key}: expected {found}, found {largest:.6g}")
-            result[key] = value.to(state[key].device)
+            value = torch.where(trained.view(by_rank), moved, before)
+            result[key] = rounded(value, state[key], state[key].dtype, f"aggregate_masked: {key}")
     return result
 
 

@@ -187,7 +187,7 @@ def test_rows_of_an_unexpected_number_raise():
 
 def test_layer_without_adapters_calls_no_op(monkeypatch):
     wrapper, x, (a, b) = wrapper_for(TOKENS), integers(6, IN), stacks(ranks=(0, 0, 0))
-    wrapper._stacks.of_a(a)
+    wrapper._stacks.of(a, 1)
     monkeypatch.setattr(_updates, "ops", None)  # a call of an op would raise
     linear(wrapper, x, (a, b))
     wrapper.add_lora_logits(ZEROS.clone(), x, a, b, 1.0)
@@ -215,14 +215,14 @@ ops_plan = ops.lora_plan
 
 def test_ranks_follow_the_adapters_in_their_slots(backend):
     wrapper, x, (a, b) = wrapper_for(TOKENS), integers(6, IN), stacks()
-    assert wrapper._stacks.of_a(a).ranks.tolist() == list(RANKS)
+    assert wrapper._stacks.of(a, 1).ranks.tolist() == list(RANKS)
     with torch.inference_mode():  # vLLM runs steps in inference mode
-        met = wrapper._stacks.of_b(b)
+        met = wrapper._stacks.of(b, 2)
     for stack, seed in ((a, 7), (b, 8)):
         stack[1] = integers(*stack[1].shape, seed=seed)
     a[1, 0, 6, 0], a[1, 0, 7] = 1, 0
     wrapper.slot_changed(1)
-    assert wrapper._stacks.of_a(a).ranks.tolist() == [8, 7, 5] and met.ranks.tolist() == [8, 8, 5]
+    assert wrapper._stacks.of(a, 1).ranks.tolist() == [8, 7, 5] and met.ranks.tolist() == [8, 8, 5]
     assert torch.equal(linear(wrapper, x, (a, b)), expected(ZEROS, x, a, b, TOKEN_SLOTS))
 
 
@@ -267,7 +267,7 @@ def test_captured_graph_reads_ids_and_ranks_from_their_buffers(backend, monkeypa
     for module in (_owners, true_ranks):
         monkeypatch.setattr(module, "capturing", lambda device: True)
     wrapper, x, (a, b) = wrapper_for((0,) * 6), integers(6, IN), stacks(ranks=(0, 0, 0))
-    ids, ranks = wrapper._tokens.rows(6).ids, wrapper._stacks.of_a(a).ranks
+    ids, ranks = wrapper._tokens.rows(6).ids, wrapper._stacks.of(a, 1).ranks
     assert not linear(wrapper, x, (a, b)).any()
     for stack, filled in zip((a, b), stacks(), strict=True):
         stack.copy_(filled)
@@ -453,7 +453,7 @@ def test_slots_are_read_if_another_plug_in_wrapped_the_manager_first(wraps, fake
         follow_activations()
     wrapper = wrapper_for(TOKENS)
     a, _ = stacks()
-    read = wrapper._stacks.of_a(a)
+    read = wrapper._stacks.of(a, 1)
     a[1] = a[0]
     held = SimpleNamespace(
         moved=True, lora_index_to_id=[30, 10, 20], punica_wrapper_mapping={"model": wrapper}

@@ -6,8 +6,8 @@ The *place* of a client is its index in a bank's table.
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -19,6 +19,7 @@ from lora_ext._torch import autocast_dtype
 from lora_ext.layers import adapted_layers, block_index, dense_parameters, kind_of_layer
 from lora_ext.rows import Kept
 
+from .._layers import assigned
 from ._banks import Bank
 from ._batches import WHERE, Segment
 
@@ -66,24 +67,14 @@ class BatchRows:
         owners = torch.arange(len(sizes)).repeat_interleave(sizes)
         return sizes.to(device), owners.to(device)
 
-    @contextlib.contextmanager
-    def only(self, first: int, last: int) -> Iterator[None]:
+    def only(self, first: int, last: int) -> AbstractContextManager[None]:
         """Return a context manager in which layers receive only sequences ``first`` to
         ``last - 1``."""
-        before, self._part = self._part, slice(first, last)
-        try:
-            yield
-        finally:
-            self._part = before
+        return assigned(self, "_part", slice(first, last))
 
-    @contextlib.contextmanager
-    def backward(self) -> Iterator[None]:
+    def backward(self) -> AbstractContextManager[None]:
         """Return a context manager in which the backward must run."""
-        self._backward = True
-        try:
-            yield
-        finally:
-            self._backward = False
+        return assigned(self, "_backward", True)
 
     def ids(
         self, bank: Bank, leading: torch.Size, device: torch.device, tokens_first: bool = False

@@ -11,13 +11,13 @@ from __future__ import annotations
 
 import bisect
 import contextlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from .._layers import forwards
+from .._layers import assigned, forwards
 from ._client_layers import BatchRows
 
 _PLAIN = (bool, int, float, str, torch.dtype, torch.device, type(None))
@@ -54,17 +54,14 @@ class Staircase:
             forwards({block: self._divided(i, block.forward) for i, block in found.items()})
         )
 
-    @contextlib.contextmanager
-    def forward(self, lowest: Sequence[float]) -> Iterator[None]:
+    def forward(self, lowest: Sequence[float]) -> contextlib.AbstractContextManager[None]:
         """Return a context manager in which the model's forward must run.
 
         ``lowest[i]`` is the lowest layer that the client of sequence i trains, in ascending order.
         """
-        self._lowest, self._last = lowest, -1
-        try:
-            yield
-        finally:
-            self._last = None  # checkpoints rerun blocks in reverse order in the backward
+        self._lowest = lowest
+        # The index is None again in the backward, where checkpoints rerun blocks in reverse order.
+        return assigned(self, "_last", -1)
 
     def remove(self) -> None:
         """Restore the forward of every block."""

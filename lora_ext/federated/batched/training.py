@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import math
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, get_args
 
 import torch
@@ -21,7 +21,7 @@ from lora_ext.adapter import PREFIX
 from lora_ext.layers import Swap, adapted_layers, block_index, block_name, dropout_now
 from lora_ext.rows import _layouts
 
-from .._layers import Others
+from .._layers import Others, assigned
 from .._payload import shapes_of
 from .._plan import PATTERN, Client, LayerPlan, Pair, layer_pairs
 from .._update import Update
@@ -195,7 +195,8 @@ class BatchedClients:
         with contextlib.ExitStack() as stack:
             swap = Swap(self.model, replacements, WHERE)
             stack.callback(swap.restore, self.model, WHERE)
-            stack.enter_context(_without_cache(self.model))
+            for config in _caching(self.model):
+                stack.enter_context(assigned(config, "use_cache", False))
             stack.enter_context(modules.divided())
             stairs = self._stairs(clients, {layers[p.module][0]: p for p in pairs}, rows)
             if stairs is not None:
@@ -320,17 +321,9 @@ class BatchedClients:
         return found
 
 
-@contextlib.contextmanager
-def _without_cache(model: nn.Module) -> Iterator[None]:
-    """Return a context manager in which a transformers model does not cache keys and values."""
+def _caching(model: nn.Module) -> list[Any]:
+    """Return the configurations with which a transformers model caches keys and values."""
     # Some submodules have a separate configuration, such as the decoder of T5.
     configs: list[Any] = [getattr(module, "config", None) for module in model.modules()]
     configs += [getattr(config, "text_config", None) for config in configs]
-    caching = [c for c in configs if getattr(c, "use_cache", False)]
-    for each in caching:
-        each.use_cache = False
-    try:
-        yield
-    finally:
-        for each in caching:
-            each.use_cache = True
+    return [config for config in configs if getattr(config, "use_cache", False)]

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from lora_ext._checks import require
 
-from .. import BatchedClients, ClientSpec, LayerPlan, LoraLayerManager, Update
+from .. import BatchedClients, ClientSpec, LayerPlan, Update
 from .._update import Client
 from ._model import Model, Tensors, check_scaling
 from ._records import read_config, who
@@ -28,25 +28,17 @@ class BatchedApp(ClientApp):
     """A ClientApp with a method that answers several training messages at once.
 
     Args:
+        model: the model that the clients train.
         prepare: function that returns the values that ``train`` needs for one task, such as data.
         train: function that trains the clients of all tasks and returns their updates in the order
             of the tasks.
-        state: ``state(names)`` returns the model's adapter and the shared parameters ``names``.
-        pattern: regular expression whose first group is the index of a layer in a name.
     """
 
-    def __init__(
-        self,
-        prepare: Callable[[Task], Any],
-        train: TrainFn,
-        state: Callable[[list[str]], State],
-        pattern: str,
-    ):
+    def __init__(self, model: Model, prepare: Callable[[Task], Any], train: TrainFn):
         super().__init__()
+        self._model = model
         self._prepare = prepare
         self._train = train
-        self._state = state
-        self._pattern = pattern
         self.train()(self._alone)
         self.query()(who)
 
@@ -62,8 +54,10 @@ class BatchedApp(ClientApp):
         tasks: dict[int, tuple[Task, Any]] = {}
         for place, (message, context) in enumerate(pairs):
             try:
-                state = self._state(shared_names(read_config(message)))
-                task = Task.read(message, context, state, self._pattern)
+                manager = self._model.manager
+                state = Tensors(manager, shared_names(read_config(message))).state()
+                task = Task.read(message, context, state, self._model.pattern)
+                check_scaling(manager, task.config)
                 tasks[place] = task, self._prepare(task)
             except Exception as error:
                 replies[place] = failed(message, error)
@@ -95,7 +89,6 @@ def in_one_batch(model: Model, data_fn: Callable[[int], Sequence[Any]]) -> Batch
     """Return an app that trains a model, and creates its clients anew in each round."""
 
     def prepare(task: Task) -> ClientSpec:
-        check_scaling(model.manager, task.config)
         settings = Settings.of(task.config)
         return ClientSpec(
             task.client,
@@ -118,16 +111,16 @@ def in_one_batch(model: Model, data_fn: Callable[[int], Sequence[Any]]) -> Batch
         plans: dict[Client, LayerPlan] = {task.client: task.plan for task, _ in tasks}
         return batched.run_round(plans, state, first.round)
 
-    return BatchedApp(prepare, train, lambda s: Tensors(model.manager, s).state(), model.pattern)
+    return BatchedApp(model, prepare, train)
 
 
 def of_clients(batched: BatchedClients) -> BatchedApp:
     """Return an app that trains existing clients. Partition i is the i-th client."""
     names = list(batched.clients)
-    manager = LoraLayerManager(batched.model, batched.pattern, batched.adapter)
+    model = Model(lambda: batched.model, batched.pattern, batched.adapter)
+    _ = model.manager  # errors of the model are raised here, not in a client
 
     def prepare(task: Task) -> Any:
-        check_scaling(manager, task.config)
         found, expected = task.others, batched.others
         same = f"others={found!r}, as in the strategy"
         require(found == expected, "LocalGrid", "client_app", same, repr(expected))
@@ -140,7 +133,7 @@ def of_clients(batched: BatchedClients) -> BatchedApp:
         updates = {u.client: u for u in batched.run_round(plans, state, tasks[0][0].round)}
         return [updates[name] for _, name in tasks]
 
-    return BatchedApp(prepare, train, lambda s: Tensors(manager, s).state(), batched.pattern)
+    return BatchedApp(model, prepare, train)
 
 
 def _union(tasks: Sequence[Task], state: State) -> dict[str, Tensor]:

@@ -11,6 +11,8 @@ from dataclasses import replace
 
 import torch
 
+from lora_ext.adapter import TooLarge
+
 from .. import Aggregate, Update
 from .._masked import divided, masked_shapes, weights_key
 from .._update import Client, Rejected, Rules, by_client, need, only, weight_of
@@ -45,7 +47,7 @@ def aggregate_replies(rules: Rules, updates: Sequence[Update]) -> Aggregate:
             total += update.tensors[key].double()
     try:
         new = divided(pairs, state, sums, settings.server_lr)
-    except ValueError as error:  # the sums overflow the dtype of the state
+    except TooLarge as error:
         return replace(result, skipped=True, reason=str(error))
     return replace(result, state=new)
 

@@ -9,7 +9,7 @@ one new token per row, so the numbers of the prompt stay valid. Settings with ot
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
 from typing import Any
 
@@ -93,15 +93,11 @@ def offsets_given(model: nn.Module, offsets: Offsets | None) -> Iterator[None]:
     def give(_layer: Any, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
         return args, {**kwargs, "alora_offsets": offsets}
 
-    handles = []
-    try:
+    with ExitStack() as hooks:
         for layer in model.modules() if offsets is not None else ():
             if isinstance(layer, LoraLayer):
-                handles.append(layer.register_forward_pre_hook(give, with_kwargs=True))  # pyright: ignore
+                hooks.enter_context(layer.register_forward_pre_hook(give, with_kwargs=True))  # pyright: ignore
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def copies_of_prompt(settings: dict[str, Any], *defaults: Any) -> int:

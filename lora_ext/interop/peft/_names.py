@@ -134,11 +134,10 @@ def entries_given(model: nn.Module, names: Assignment) -> Iterator[None]:
         count = len(kwargs["adapter_names"]) // len(entries)  # number of beams
         return args, {**kwargs, "adapter_names": repeated(count)}
 
-    with contextlib.ExitStack() as stack:
+    with contextlib.ExitStack() as hooks:
         for layer in model.modules():
             if isinstance(layer, LoraLayer) and hasattr(type(layer), "of_peft"):
-                hook: Any = layer.register_forward_pre_hook(give, with_kwargs=True)  # pyright: ignore
-                stack.callback(hook.remove)
+                hooks.enter_context(layer.register_forward_pre_hook(give, with_kwargs=True))  # pyright: ignore
         yield
 
 

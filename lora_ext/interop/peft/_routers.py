@@ -16,9 +16,10 @@ from typing import Any
 from peft.tuners.xlora.layer import XLoraLayer, XLoraLinearLayer
 from torch import Tensor
 
-from lora_ext._checks import require
 from lora_ext.layers import LoraFactors, base_product, dropout_now, lora_forward, lora_update
 from lora_ext.rows import Rows, planned, renumbered
+
+from ._adapters import refuse_exact
 
 
 def router_of(layer: Any) -> Any:
@@ -66,8 +67,7 @@ class FusedXLora(XLoraLinearLayer):
         """Map ``(B, L, I)`` to ``(B, L, O)`` with ``scalings (B, L, layers, A)`` as in PEFT."""
         target: Any = self.target
         why = self.uncovered()
-        exact = getattr(target.base_layer, "exact", False)
-        require(not (why and exact), "exact", "model", "adapters that lora_ext computes", why)
+        refuse_exact(target.base_layer, why)
         fits = scalings is None or x.shape[:-1] == scalings.shape[:2]
         if why or args or kwargs or not fits or target.merged or self.model.disabled:
             return super().forward(x, *args, scalings=scalings, **kwargs)

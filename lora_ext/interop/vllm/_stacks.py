@@ -52,17 +52,13 @@ class Stacks:
     def __init__(self) -> None:
         self._met: dict[int, Stack] = {}
 
-    def of_a(self, stack: Tensor) -> Stack:
-        """Return the :class:`Stack` of the factors ``a (slots, 1, R, I)``."""
-        return self._met.get(stack.data_ptr()) or self._meet(stack, 1)
-
-    def of_b(self, stack: Tensor) -> Stack:
-        """Return the :class:`Stack` of the factors ``b (slots, 1, O, R)``."""
-        return self._met.get(stack.data_ptr()) or self._meet(stack, 2)
-
-    def _meet(self, stack: Tensor, rank_dim: int) -> Stack:
-        self._met[stack.data_ptr()] = met = Stack(stack, rank_dim)
-        return met
+    def of(self, stack: Tensor, rank_dim: int) -> Stack:
+        """Return the :class:`Stack` of the factors ``a (slots, 1, R, I)``, with ``rank_dim`` 1, or
+        ``b (slots, 1, O, R)``, with ``rank_dim`` 2."""
+        address = stack.data_ptr()
+        if address not in self._met:
+            self._met[address] = Stack(stack, rank_dim)
+        return self._met[address]
 
     def read(self, slot: int) -> None:
         """Update the ranks of a slot in all stacks, after its adapter has changed."""

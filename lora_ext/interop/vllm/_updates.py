@@ -78,7 +78,7 @@ class Updates:
             return
         left = 0
         for of_a, of_b, width in zip(a, b, widths, strict=True):
-            part, stack = y[:, left : left + width], self._stacks.of_a(of_a)
+            part, stack = y[:, left : left + width], self._stacks.of(of_a, 1)
             _add(part, x, stack, of_b, scale, rows)
             left += width
 
@@ -117,7 +117,7 @@ class Updates:
 
     @in_graph("Tensor(a!) y, Tensor x, Tensor a, Tensor b, float scale")
     def _logits(self, y: Tensor, x: Tensor, a: Tensor, b: Tensor, scale: float) -> None:
-        stack = self._stacks.of_a(a)
+        stack = self._stacks.of(a, 1)
         rows = None if stack.idle() else self._rows_of_hidden_states(x)
         if rows is not None:
             _add(y, x, stack, b, scale, rows)
@@ -157,7 +157,7 @@ class Updates:
         if rows is None:
             v.zero_()
             return
-        stack = self._stacks.of_a(a)
+        stack = self._stacks.of(a, 1)
         found = ops.lora_shrink(
             x.to(a.dtype), stack.bank, rows.ids, _scales(scale, stack), stack.ranks, plan=rows.plan
         )
@@ -188,7 +188,7 @@ class Updates:
         rows = self._rows_of_tokens(v)
         if rows is None:
             return
-        stack = self._stacks.of_b(b)
+        stack = self._stacks.of(b, 2)
         if stack.idle():
             return
         same = part.dtype == b.dtype
