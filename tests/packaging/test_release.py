@@ -90,6 +90,20 @@ def test_time_limits_of_a_call_sum_to_nine_minutes(call, compiler, leg, tmp_path
                 make_parser().parse_args(step.command[step.command.index(word) :])
 
 
+def test_only_initcheck_leaves_out_a_kernel(leg, tmp_path, monkeypatch):
+    monkeypatch.setattr(leg, "sanitizer", lambda: "compute-sanitizer")
+    steps = [step for call in (1, 2) for step in leg.legs(call, "9.0a", tmp_path)]
+    words = {step.name: step.command for step in steps if step.name.startswith("sanitizer ")}
+    assert len(words) == 4
+    excluded = {
+        name: [word for word in command if word.startswith("--kernel-name-exclude=")]
+        for name, command in words.items()
+    }
+    assert excluded.pop("sanitizer initcheck") == ["--kernel-name-exclude=kns=lora_expand_kernel"]
+    assert not any(excluded.values())
+    assert " lora_expand_kernel<" in (ROOT / "kernels.lock").read_text()
+
+
 def test_first_card_leaves_unconfirmed_values_and_does_not_fail(tmp_path, capsys, monkeypatch):
     monkeypatch.syspath_prepend(str(ROOT / "tests/emu"))
     goldens = tool("wrapper_goldens")
