@@ -32,7 +32,7 @@ SMALL = "random_values and (lora-T3- or lora-T70- or train-T17-)"
 LAWS = "tests/test_contract.py"
 # Kernels that a tool does not check. An expand loads four floats of v at a time, and replaces those
 # beyond the adapter's rank, which no kernel writes, by zeros after the load; initcheck reports the
-# load. To write them in shrink, or to load fewer, would take instructions in every decode step.
+# load. To write them in shrink, or to load fewer, probably takes instructions (not measured).
 EXCLUDED = {"initcheck": "lora_expand_kernel"}
 PYTEST = [PY, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--require-gpu"]
 PROBE = "nvcc -O3 -std=c++20 -arch=native tools/gpu_probe.cu -o build/gpu_probe && build/gpu_probe"

@@ -45,9 +45,9 @@ BELOW: dict[str, str] = {
 }
 MOST_FILES = 15  # Python files in one folder
 MOST_LINES = 60  # lines of code in one function
-MOST_CODE = 38_447  # lines of code of the package, docstrings, comments and blanks not counted
-MOST_CHECKS = 0.095  # share of lines of code that check arguments
-MOST_TESTS = 74_132  # lines of tests/**/*.py
+MOST_CODE = 38_051  # lines of code of the package, docstrings, comments and blanks not counted
+MOST_CHECKS = 0.094  # share of lines of code that check arguments
+MOST_TESTS = 74_142  # lines of tests/**/*.py
 MOST_LOOSE = 0  # functions and classes without underscore that are in no __all__
 MOST_WIDE = 22  # functions outside ops with more than eight parameters
 
