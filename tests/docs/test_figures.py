@@ -22,7 +22,7 @@ from report import latest, promises
 Value = Callable[[], Decimal]
 README, BENCHMARKS, TRAINING = "README.md", "docs/benchmarks.md", "docs/training.md"
 CLIENTS, MANY = "docs/notes/federated.md", "docs/many_adapters.md"
-PACKED = "docs/packed.md"
+PACKED = "docs/notes/packed.md"
 
 # Sections in which every figure of a table must be checked by this file.
 SECTIONS = (
