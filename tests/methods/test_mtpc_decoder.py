@@ -225,10 +225,11 @@ def enumerate_paths(
     top_p: float = 1.0,
     new: int = 3,
     shortlist: Tensor | None = None,
+    **fields: Any,
 ) -> tuple[Tensor, Tensor]:
     """Return the decoder's and the verifier's distribution of the first ``new`` tokens."""
     model = make_model("llama", vocab=v, layers=1, width=8)
-    head = make_draft(model, kind, n_token=n, noise=1.0, shortlist=shortlist).head
+    head = make_draft(model, kind, n_token=n, noise=1.0, shortlist=shortlist, **fields).head
     decoder = kind_of_decoder(model, head, window=window, temperature=temperature, top_p=top_p)
     free = [n, *[n - 1 if window == "condition" else n] * (new - 1)]  # tokens drafted at each call
     drafts = [torch.tensor(list(itertools.product(range(v), repeat=k))).view(-1, k) for k in free]

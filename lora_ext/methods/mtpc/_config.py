@@ -15,16 +15,23 @@ Kind = Literal["ff", "cp", "hmm", "btree"]
 #: Ways to compute leaves from hidden states: keys of
 #: :data:`~lora_ext.methods.mtpc._emission.EMISSIONS`.
 EmissionName = Literal["full", "expander", "adapter"]
+Evidence = Literal["none", "soft"]
 
 MOST_FULL = 4096  # largest shortlist or vocabulary for which "full" is the default
 _HEAD_FIELDS = (
     "n_token", "rank", "kind", "emission", "adapter_rank", "contextual", "share_transitions",
-    "init_identity",
+    "init_identity", "evidence",
 )  # fmt: skip
 
 
 def check_structure(
-    where: str, n_token: int, rank: int, kind: str, emission: str | None, adapter_rank: int
+    where: str,
+    n_token: int,
+    rank: int,
+    kind: str,
+    emission: str | None,
+    adapter_rank: int,
+    evidence: str,
 ) -> None:
     """Raise ValueError unless the arguments describe a valid head; the message starts with
     ``where``."""
@@ -36,6 +43,9 @@ def check_structure(
     integer(where, "n_token", n_token, least, expected=words)
     integer(where, "rank", rank, least, expected=words)
     require(kind != "ff" or rank == 1, where, "rank", "1 for 'ff'", rank)
+    choice(where, "evidence", evidence, ("none", "soft"))
+    fits = kind != "ff" or evidence == "none"
+    require(fits, where, "evidence", "'none' for 'ff', which has no state", repr(evidence))
     integer(where, "adapter_rank", adapter_rank, 1)
 
 
@@ -66,6 +76,8 @@ class MtpcConfig:
         draft_layers: K, number of last layers with LoRA in the draft path; 0 for no LoRA.
         draft_rank: rank of this LoRA.
         draft_alpha: alpha of this LoRA.
+        evidence: ``"soft"`` for one circuit of all hidden states, which condition it through one
+            vector of logits per position. Source: CoDD (arXiv 2603.00045).
 
     Raises:
         ValueError: If a value is out of range; the message names the field.
@@ -88,6 +100,7 @@ class MtpcConfig:
     draft_layers: int = 0
     draft_rank: int = 16
     draft_alpha: float = 16.0
+    evidence: Evidence = "none"
 
     def __post_init__(self) -> None:
         table = {
@@ -102,9 +115,8 @@ class MtpcConfig:
             "draft_alpha": within(above=0),
         }
         check_fields(self, table)
-        check_structure(
-            "MtpcConfig", self.n_token, self.rank, self.kind, self.emission, self.adapter_rank
-        )
+        sizes = self.n_token, self.rank, self.kind, self.emission, self.adapter_rank
+        check_structure("MtpcConfig", *sizes, self.evidence)
         fits = self.chain == 1 or (self.chain > 1 and self.bridge > 0)
         require(fits, "MtpcConfig", "chain", "1, or more with a bridge", self.chain)
 

@@ -191,7 +191,8 @@ class AdapterEmission(SharedEmission):
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
 
-EMISSIONS: dict[str, type[FullEmission | ExpanderEmission | AdapterEmission]] = {
+EmissionModule = FullEmission | ExpanderEmission | AdapterEmission
+EMISSIONS: dict[str, type[EmissionModule]] = {
     "full": FullEmission,
     "expander": ExpanderEmission,
     "adapter": AdapterEmission,

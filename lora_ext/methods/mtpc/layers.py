@@ -25,8 +25,9 @@ from lora_ext._checks import FLOATS, integer, require, require_shape
 from lora_ext._memory import free_bytes
 from lora_ext.layers import IGNORE
 
-from ._config import EmissionName, Kind, check_structure
+from ._config import EmissionName, Evidence, Kind, check_structure
 from ._emission import EMISSIONS, LeafSizes, SumWeights
+from ._evidence import SharedCircuit
 from ._shortlist import Shortlist, checked_ids, looked_at
 
 # Initial weights are uniform in ± _INIT_BOUND / sqrt(D), so that the size of the first logits does
@@ -35,7 +36,7 @@ _INIT_BOUND = 0.01275 * 64
 # Attributes of the head that contain parameters, and the names of these parameters in the head.
 _PARTS = {
     "leaves": ("emit", "maps", "unembed", "lora_A", "lora_B"),
-    "sums": ("prior", "trans_bias", "trans"),
+    "sums": ("prior", "trans_bias", "trans", "leaf"),
 }
 _FLAT = [(f"{part}.{name}", name) for part, names in _PARTS.items() for name in names]
 _NESTED = [(name, nested) for nested, name in _FLAT]
@@ -119,6 +120,10 @@ class CircuitHead(nn.Module):
         share_transitions: whether to use one transition matrix instead of ``M``.
         init_identity: whether transitions initially keep the state with probability 0.99, so that
             an HMM or tree starts near the mixture CP; otherwise they start near uniform.
+        evidence: if ``"soft"``, the emission computes only one vector of logits per position, which
+            conditions one circuit that all rows share: ``q(x) = S(x) prod_k exp(l_k[x_k]) / Z``.
+            The sums of S are free parameters, whatever ``contextual`` is, and so are its leaf
+            logits ``leaf (K, C, L)``.
         shortlist: ``(L,)`` int64, at least 2 distinct ids of the tokens that have leaves. All other
             tokens have probability exactly 0, without parameters or products. As evidence they are
             impossible: tokens after such a token have log-probability ``-inf``. Default is the
@@ -129,9 +134,9 @@ class CircuitHead(nn.Module):
 
     Raises:
         ValueError: If a size is out of range; if kind or emission is unknown; if ``ff`` has a rank
-            other than 1; if ``hmm`` or ``btree`` has rank or n_token below 2; if the shortlist has
-            fewer than 2 tokens, a repeated token or one outside the vocabulary; or if the leaves
-            are larger than the free memory.
+            other than 1, or soft evidence; if ``hmm`` or ``btree`` has rank or n_token below 2; if
+            the shortlist has fewer than 2 tokens, a repeated token or one outside the vocabulary;
+            or if the leaves are larger than the free memory.
         NotImplementedError: If ``dtype`` is not one of these.
 
     Source: arXiv 2511.11346 and its code; ``adapter`` is our addition (docs/mtpc.md). The shortlist
@@ -153,10 +158,11 @@ class CircuitHead(nn.Module):
         dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
         shortlist: Tensor | Sequence[int] | None = None,
+        evidence: Evidence = "none",
     ):
         super().__init__()
         dtype = torch.get_default_dtype() if dtype is None else dtype
-        check_structure("CircuitHead", n_token, rank, kind, emission, adapter_rank)
+        check_structure("CircuitHead", n_token, rank, kind, emission, adapter_rank, evidence)
         integer("CircuitHead", "hidden_size", hidden_size, 1)
         integer("CircuitHead", "vocab_size", vocab_size, 2)
         known = dtype in FLOATS
@@ -165,7 +171,7 @@ class CircuitHead(nn.Module):
         self.n_token, self.rank, self.kind = n_token, rank, kind
         self.emission, self.adapter_rank = emission, adapter_rank
         self.contextual, self.share_transitions = contextual, share_transitions
-        self.init_identity = init_identity
+        self.init_identity, self.evidence = init_identity, evidence
         ids = None if shortlist is None else checked_ids(shortlist, vocab_size)
         if ids is not None:
             ids = ids.to(torch.empty(0, device=device).device)  # torch's default device if None
@@ -175,9 +181,15 @@ class CircuitHead(nn.Module):
 
         options: dict[str, Any] = {"dtype": dtype, "device": device}
         sizes = LeafSizes(n_token, rank, self.num_leaves, hidden_size, adapter_rank)
-        _check_room(emission, sizes, **options)  # before any memory is allocated
-        self.leaves = EMISSIONS[emission](sizes, **options)
-        self.sums = SumWeights(kind, sizes, contextual, share_transitions, init_identity, **options)
+        of_leaves = sizes._replace(rank=1) if evidence == "soft" else sizes
+        _check_room(emission, of_leaves, **options)  # before any memory is allocated
+        self.leaves = EMISSIONS[emission](of_leaves, **options)
+        starts = share_transitions, init_identity
+        self.sums: SumWeights = (
+            SharedCircuit(kind, sizes, *starts, **options)
+            if evidence == "soft"
+            else SumWeights(kind, sizes, contextual, *starts, **options)
+        )
         # A state dict contains the parts' parameters under the head's names.
         self.register_state_dict_post_hook(partial(_rename, _FLAT))
         self.register_load_state_dict_pre_hook(partial(_rename, _NESTED))
@@ -191,6 +203,7 @@ class CircuitHead(nn.Module):
     prior = _part_parameter("sums", "prior")
     trans_bias = _part_parameter("sums", "trans_bias")
     trans = _part_parameter("sums", "trans")
+    leaf = _part_parameter("sums", "leaf")
 
     @property
     def listed(self) -> Shortlist:
@@ -259,7 +272,10 @@ class CircuitHead(nn.Module):
         """Return the circuits with leaves over only the L tokens of the shortlist: ``N K C L``
         logits."""
         rows = self.rows(h)
-        return Circuit(self.leaves.logits(rows), *self.sums(rows))
+        logits = self.leaves.logits(rows)
+        if isinstance(self.sums, SharedCircuit):
+            return Circuit(*self.sums.circuit(logits))
+        return Circuit(logits, *self.sums(rows))
 
     def log_prob(self, h: Tensor, x: Tensor) -> Tensor:
         """Compute ``log q(x_1 .. x_k | h)`` for every k, ``(..., K)``.
@@ -400,10 +416,14 @@ class CircuitHead(nn.Module):
         """Compute prefix marginals and conditionals ``(N, K)`` and posteriors ``(N, K, C)`` of the
         windows' tokens in one pass. Arguments and errors are those of :meth:`log_prob`."""
         rows, tokens = self.rows(h), self.tokens(h, x)
-        observed = self.leaves.observed(rows, self.listed.places(tokens))
+        places = self.listed.places(tokens)
+        if isinstance(self.sums, SharedCircuit):
+            observed, *sums = self.sums.observed(self.leaves, rows, places)
+        else:
+            observed, sums = self.leaves.observed(rows, places), self.sums(rows)
         if self.shortlist is not None:
             observed = observed.masked_fill(self.listed.lacks(tokens)[..., None], -torch.inf)
-        return ops.circuit_scan(self.kind, observed, *self.sums(rows))
+        return ops.circuit_scan(self.kind, observed, *sums)
 
     def _evidence(self, h: Tensor, evidence: Tensor | None) -> Tensor | None:
         if evidence is None:
@@ -417,6 +437,7 @@ class CircuitHead(nn.Module):
     def extra_repr(self) -> str:
         """Return width, vocabulary, window, rank, kind, emission and shortlist, for ``print``."""
         listed = "" if self.shortlist is None else f", shortlist of {self.num_leaves}"
+        listed += ", evidence='soft'" if self.evidence == "soft" else ""
         return (
             f"{self.hidden_size}, {self.vocab_size}, n_token={self.n_token}, rank={self.rank}, "
             f"kind={self.kind!r}, emission={self.emission!r}{listed}"
