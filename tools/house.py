@@ -45,9 +45,9 @@ BELOW: dict[str, str] = {
 }
 MOST_FILES = 15  # Python files in one folder
 MOST_LINES = 60  # lines of code in one function
-MOST_CODE = 38_051  # lines of code of the package, docstrings, comments and blanks not counted
+MOST_CODE = 38_152  # lines of code of the package, docstrings, comments and blanks not counted
 MOST_CHECKS = 0.094  # share of lines of code that check arguments
-MOST_TESTS = 74_151  # lines of tests/**/*.py
+MOST_TESTS = 74_436  # lines of tests/**/*.py
 MOST_LOOSE = 0  # functions and classes without underscore that are in no __all__
 MOST_WIDE = 22  # functions outside ops with more than eight parameters
 
