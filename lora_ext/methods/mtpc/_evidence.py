@@ -104,7 +104,9 @@ class SharedCircuit(SumWeights):
             observed, evidence = torch.cat([recomputed(observe, *part) for part in parts], 1)
         return (observed, *self(evidence))
 
-    def forward(self, evidence: Tensor) -> tuple[Tensor, Tensor | None]:
+    def forward(  # pyright: ignore[reportIncompatibleMethodOverride]  (evidence, not rows)
+        self, evidence: Tensor
+    ) -> tuple[Tensor, Tensor | None]:
         """Multiply prior and transitions by the evidence of their states.
 
         Args:
@@ -114,6 +116,7 @@ class SharedCircuit(SumWeights):
             logits of the prior ``(N, C)`` and of the transitions ``(N, M, C, C)``; None if the
             circuit has no transitions.
         """
+        assert self.prior is not None  # 'ff', without states, is refused
         prior = self.prior[:, 0].to(evidence.dtype).log_softmax(0)
         if self.trans_bias is None:
             return prior + evidence.sum(1), None
