@@ -121,8 +121,8 @@ class Participants(Merging):
             return assignment.rows_among(reachable, layout, mixes=True)
         if block is not None:
             self._refuse_rescaled(block.assignment.weighted)
-            layout = _context.current_layout(leading, device, self.tokens_first)
-            return block.rows_among(reachable, layout, self._of_tokens, mixes=True)
+            where = leading, device, self.tokens_first, self._of_tokens
+            return block.rows_among(reachable, *where, mixes=True)
         if not _context.any_block:
             return None
         where = leading, device, self.tokens_first, self._of_tokens

@@ -120,7 +120,13 @@ class Block:
         return self.assignment.kept.get(key, device, self._slot_ids, leading, device, tokens_first)
 
     def rows_among(
-        self, names: tuple[str, ...], layout: Layout, of_tokens: bool = False, mixes: bool = False
+        self,
+        names: tuple[str, ...],
+        leading: torch.Size,
+        device: torch.device,
+        tokens_first: bool = False,
+        of_tokens: bool = False,
+        mixes: bool = False,
     ) -> Rows:
         """Return the rows of a layer of :mod:`lora_ext.nn`, which contains its own adapters.
 
@@ -130,6 +136,7 @@ class Block:
         """
         if self.lease.released:
             raise _outlived()
+        layout = Layout(leading, device, tokens_first, _batch.get())
         if of_tokens:
             self.assignment.check_tokens(layout)
         return self.assignment.rows_among(names, layout, mixes)

@@ -171,8 +171,7 @@ def _layer_adapter_ids(
             raise no_rows(repr(list(names)))
         return torch.full((math.prod(leading),), default, dtype=torch.int32, device=device)
     tokens_first, of_tokens = where
-    layout = _context.current_layout(torch.Size(leading), device, tokens_first)
-    rows = block.rows_among(tuple(names), layout, of_tokens)
+    rows = block.rows_among(tuple(names), torch.Size(leading), device, tokens_first, of_tokens)
     return renumbered(rows.ids, rows.used)
 
 
