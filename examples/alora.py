@@ -15,7 +15,7 @@ from transformers import ContinuousBatchingConfig, GenerationConfig, LlamaConfig
 import lora_ext
 from lora_ext.adapter import LoraAdapter
 from lora_ext.nn import LoraConfig, layer_names, unwrap, wrap
-from lora_ext.serving._continuous import computed_tokens
+from lora_ext.serving._continuous import adapter_requests
 
 VOCAB, LENGTH, NEW = 64, 40, 4
 ADAPTERS = {"yes": ([1, 2], 5), "no": ([1, 3], 6)}  # invocation tokens, token learned as the answer
@@ -81,11 +81,11 @@ def main(steps: int = 60) -> dict[str, list[int]]:
     with torch.inference_mode():
         manager.start()
     for name in (None, *ADAPTERS):
-        before = computed_tokens(manager)
+        before = adapter_requests(manager).computed
         prompt = text + (ADAPTERS[name][0] if name else [])
         request = manager.add_request(prompt, adapter_name=name)
         answers[name or "base"] = manager.get_result(request, timeout=600).generated_tokens
-        count = computed_tokens(manager) - before
+        count = adapter_requests(manager).computed - before
         print(f"{name or 'base':>4}: {answers[name or 'base']}, {count} tokens computed")
     manager.stop(block=True)
     return answers

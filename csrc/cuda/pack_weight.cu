@@ -79,8 +79,7 @@ __global__ void __launch_bounds__(kThreads)
                 whole &= fabsf(v - static_cast<float>(nearest_code(v, -7, 7))) <= 1 / 64.0f;
             }
 #pragma unroll
-        for (int i = 1; i < kLanes; i *= 2)
-            whole &= lx::shfl_xor_sync(lx::kFullMask, whole, i);
+        for (int i = 1; i < kLanes; i *= 2) whole &= lx::shfl_xor_sync(lx::kFullMask, whole, i);
         if (whole) scale = seventh;
     }
     if (minimum) {
