@@ -37,9 +37,10 @@ INTRODUCTION = """# The papers' claims, and the results here
 
 This page explains, for each method, what its paper claims and what a small reproduction found.
 
-Each claim has a *gate*, which is judged first, on separate seeds: the models have learned, there is
-room for the effect, and costs are in the paper's range. Gates, criteria and seeds were committed
-before the runs and not adapted afterwards. The criteria then give the verdict:
+Each claim has a *gate*, which is judged first, on separate seeds that also choose learning rates:
+the models have learned, there is room for the effect, and costs are in the paper's range. Gates,
+criteria and seeds were committed before the runs and not adapted afterwards. The criteria then give
+the verdict:
 
 * *Reproduced*: all are met.
 * *Direction only*: each is met, or its effect has the reported sign.
@@ -47,8 +48,7 @@ before the runs and not adapted afterwards. The criteria then give the verdict:
 * *Not testable here*: the gate fails. This is no evidence for or against the paper.
 * *Not run yet*: runs are missing, or the machine was busy. The result is then an earlier one.
 
-Brackets contain 95 % bootstrap intervals over the seeds. Learning rates are chosen on separate
-seeds.
+Brackets contain 95 % bootstrap intervals over the seeds.
 
 `benchmarks/claims/material.py` says how to install the models and texts. `python
 benchmarks/methods.py` measures what is missing and writes this page (`--left`: minutes).
@@ -156,9 +156,15 @@ def gate_of(judged: study.Judged, claim: study.Claim) -> str:
     """Return the gate's conditions with the values found, or the claim's text if it has not run."""
     if not judged.gate:
         return claim.gate
+    rates = [g for g in judged.gate if g.met and g.asked == study.INSIDE]
     each = [
-        g.name + f" {g.found}" + ("" if g.met else f" (**no**: {g.asked})") for g in judged.gate
+        g.name + f" {g.found}" + ("" if g.met else f" (**no**: {g.asked})")
+        for g in judged.gate
+        if g not in rates
     ]
+    if rates:
+        found = [f"{g.name.removeprefix(study.BEST_RATE)[4:]} {g.found.split()[0]}".strip() for g in rates]
+        each.append(f"{study.BEST_RATE}s {study.INSIDE}: {', '.join(found)}")
     return "; ".join(each)
 
 

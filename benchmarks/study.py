@@ -73,6 +73,7 @@ RESULTS = ROOT / "benchmarks" / "results"
 REPRODUCED, DIRECTION, NOT_REPRODUCED = "reproduced", "direction only", "not reproduced"
 NOT_TESTABLE, NOT_RUN = "not testable here", "not run yet"
 TRIALS = 100  # first seed of the trials, which choose rates and judge the gate
+BEST_RATE, INSIDE = "best rate", "inside the grid"  # name and condition of the gates of rates
 SAVE_SECONDS = 300.0  # between two saved states of a run
 
 Row = dict[str, Any]
@@ -203,7 +204,7 @@ class Grid:
         """Return the gate that the best learning rate is inside the grid."""
         best, ends = self.best(losses), (min(losses), max(losses))
         found = f"{best:.3g} of {ends[0]:.3g} to {ends[1]:.3g}"
-        return Gate(f"best rate{of and f' of {of}'}", "inside the grid", found, best not in ends)
+        return Gate(f"{BEST_RATE}{of and f' of {of}'}", INSIDE, found, best not in ends)
 
 
 def _rounded(rate: float) -> float:
