@@ -45,12 +45,12 @@ the verdict:
 * *Reproduced*: all are met.
 * *Direction only*: each is met, or its effect has the reported sign.
 * *Not reproduced*: at least one effect does not have the reported sign.
-* *Not testable here*: the gate fails. This is no evidence for or against the paper.
-* *Not run yet*: runs are missing, or the machine was busy. The result is then an earlier one.
+* *Not testable here*: the gate fails. This is no evidence about the paper.
+* *Not run yet*: runs are missing, or the machine was busy. The result is an earlier one.
 
 Brackets contain 95 % bootstrap intervals over the seeds.
 
-`benchmarks/claims/material.py` says how to install the models and texts. `python
+`benchmarks/claims/material.py` says how to install models and texts. `python
 benchmarks/methods.py` measures what is missing and writes this page (`--left`: minutes).
 """
 
@@ -142,9 +142,11 @@ def found_rows(name: str, module: ModuleType) -> tuple[study.Rows, int]:
 
 
 def told(judged: study.Judged, claim: study.Claim) -> str:
-    """Return the result, after the number of seeds if some are missing, or the earlier result."""
+    """Return the result, after the number of seeds if some are missing, what a test would need if
+    the gate fails, or the earlier result."""
     if judged.word == study.NOT_TESTABLE:
-        return f"the gate fails. Earlier protocol: {claim.earlier}"
+        needs = claim.needs and f". A test would need {claim.needs}"
+        return f"none, since the gate fails{needs}"
     if not judged.seeds:
         return f"none yet. Earlier protocol: {claim.earlier}"
     if judged.word != study.NOT_RUN:
@@ -156,22 +158,25 @@ def gate_of(judged: study.Judged, claim: study.Claim) -> str:
     """Return the gate's conditions with the values found, or the claim's text if it has not run."""
     if not judged.gate:
         return claim.gate
-    rates = [g for g in judged.gate if g.met and g.asked == study.INSIDE]
+    rates = sum(g.met and g.asked == study.INSIDE for g in judged.gate)
     each = [
         g.name + f" {g.found}" + ("" if g.met else f" (**no**: {g.asked})")
         for g in judged.gate
-        if g not in rates
+        if not (g.met and g.asked == study.INSIDE)
     ]
     if rates:
-        found = [f"{g.name.removeprefix(study.BEST_RATE)[4:]} {g.found.split()[0]}".strip() for g in rates]
-        each.append(f"{study.BEST_RATE}s {study.INSIDE}: {', '.join(found)}")
+        each.append(f"{rates} best rates {study.INSIDE}")
     return "; ".join(each)
 
 
 def others(judged: study.Judged) -> str:
-    """Return the number of criteria that are met, and the others with the values found."""
+    """Return the number of criteria that are met, and the others that the result does not name."""
     met = sum(bool(c.passed) for c in judged.criteria)
-    missed = [f"{c.name}: {c.found} ({c.asked})" for c in judged.criteria if not c.passed]
+    missed = [
+        f"{c.name}: {c.found} ({c.asked})"
+        for c in judged.criteria
+        if not c.passed and c.found not in judged.figure
+    ]
     text = f"; {met} of {len(judged.criteria)} criteria are met"
     return f"{text}, not {'; '.join(missed)}" if missed else text
 

@@ -73,7 +73,7 @@ RESULTS = ROOT / "benchmarks" / "results"
 REPRODUCED, DIRECTION, NOT_REPRODUCED = "reproduced", "direction only", "not reproduced"
 NOT_TESTABLE, NOT_RUN = "not testable here", "not run yet"
 TRIALS = 100  # first seed of the trials, which choose rates and judge the gate
-BEST_RATE, INSIDE = "best rate", "inside the grid"  # name and condition of the gates of rates
+INSIDE = "inside the grid"  # condition of the gates of learning rates
 SAVE_SECONDS = 300.0  # between two saved states of a run
 
 Row = dict[str, Any]
@@ -89,6 +89,7 @@ class Claim:
         use, avoid: When to use the method, and when not.
         earlier: Result of the earlier protocol, with its verdict.
         gate: What must hold before the criteria are judged, in a few words.
+        needs: What a test would need, if the gate fails.
     """
 
     paper: str
@@ -100,6 +101,7 @@ class Claim:
     seeds: int = 3
     earlier: str = ""
     gate: str = ""
+    needs: str = ""
 
 
 @dataclass(frozen=True)
@@ -204,7 +206,7 @@ class Grid:
         """Return the gate that the best learning rate is inside the grid."""
         best, ends = self.best(losses), (min(losses), max(losses))
         found = f"{best:.3g} of {ends[0]:.3g} to {ends[1]:.3g}"
-        return Gate(f"{BEST_RATE}{of and f' of {of}'}", INSIDE, found, best not in ends)
+        return Gate(f"best rate{of and f' of {of}'}", INSIDE, found, best not in ends)
 
 
 def _rounded(rate: float) -> float:
@@ -555,18 +557,18 @@ def _run(study: ModuleType, name: str, args: argparse.Namespace) -> tuple[int, J
             f"{store.path}: expected rows of settings {store.settings}, found {store.others()} "
             f"rows of other settings; `python benchmarks/{name}.py` measures the missing ones"
         )
-    panels = study.panels(rows) if hasattr(study, "panels") else {}
+    judged = judge(study, rows, args.quick)
+    panels = study.panels(rows) if judged.seeds and hasattr(study, "panels") else {}
     for title, each in panels.items():
         print(f"\n{title}")
         print(markdown(("", "[95 %]"), [(k, f"{value:.3g}") for k, value in each.items()]))
-    judged = judge(study, rows, args.quick)
     print(gate_table(judged.gate))
     if judged.word == NOT_TESTABLE:
         print(f"\n{judged.word}: {judged.reason}")
     else:
         print(criteria_table(judged.criteria))
         print(f"\n{judged.word}, {len(judged.seeds)} of {study.CLAIM.seeds} seeds: {judged.figure}")
-    if args.picture:
+    if args.picture and panels:
         draw_panels(panels, args.picture)
     met = [bool(c.passed) for c in judged.criteria if c.headline]
     return int(args.check and not (met and all(met))), judged
