@@ -12,7 +12,7 @@ import itertools
 import operator
 import re
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -181,7 +181,21 @@ class ModelIndex:
 
         heads, modules = head_names(model), dict(model.named_modules())
         index = cls(BaseWeights(model), *heads, **_input_embedding(model, heads[0]))
-        layers, stored = linear_sizes(modules), _storage(model, modules, dtype, device)
+        floats = (p.dtype for p in model.parameters() if p.dtype in PAGE_DTYPES)
+        of_activations = next(floats, torch.get_default_dtype())
+
+        def stored(weight: object, name: str) -> tuple[torch.dtype, torch.device]:
+            """Return the dtype and the device of the pages of a module with this weight."""
+            place, found = weight, of_activations
+            if not isinstance(place, Tensor):  # a quantised layer names its tensors otherwise
+                own = modules[name].parameters(), modules[name].buffers(), model.parameters()
+                place = next(itertools.chain(*own), torch.empty(0))
+            elif place.dtype in PAGE_DTYPES:
+                found = place.dtype
+            where = torch.device(device) if device else _device_of(name, place, modules)
+            return dtype or found, where
+
+        layers = linear_sizes(modules)
         for name, module in modules.items():
             parent = modules.get(name.rpartition(".")[0])
             if name in layers:
@@ -216,30 +230,6 @@ class ModelIndex:
         expected = "at least one Linear, Conv1D or Embedding module matching targets="
         require(index.specs, "AdapterPool", "model", f"{expected}{targets!r}", "none")
         return index
-
-
-def _storage(
-    model: nn.Module,
-    modules: Mapping[str, nn.Module],
-    dtype: torch.dtype | None,
-    device: torch.device | str | None,
-) -> Callable[[object, str], tuple[torch.dtype, torch.device]]:
-    """Return a function that maps the weight and the name of a module to the dtype and the device
-    of its pages."""
-    floats = (p.dtype for p in model.parameters() if p.dtype in PAGE_DTYPES)
-    of_activations = next(floats, torch.get_default_dtype())
-
-    def stored(weight: object, name: str) -> tuple[torch.dtype, torch.device]:
-        if not isinstance(weight, Tensor):  # a quantised layer names its tensors otherwise
-            own = modules[name].parameters(), modules[name].buffers(), model.parameters()
-            place, found = next(itertools.chain(*own), torch.empty(0)), of_activations
-        else:
-            place = weight
-            found = weight.dtype if weight.dtype in PAGE_DTYPES else of_activations
-        where = torch.device(device) if device else _device_of(name, place, modules)
-        return dtype or found, where
-
-    return stored
 
 
 def _input_embedding(model: Any, head: str | None) -> dict[str, Any]:

@@ -90,22 +90,18 @@ def init_lora_(
     if A.is_meta or B.is_meta:
         raise RuntimeError("init_lora_: expected factors with values, found one on device meta")
     r, n = a.shape[0], a.shape[1] if fan_in is None else fan_in
-    zero_a, zero_b = (torch.zeros_like(t, dtype=torch.float32) for t in (a, b))
-    if name == "init_a":
-        new_a, new_b = _uniform(a, n, generator), zero_b
-    elif name == "init_a_normal":
-        new_a, new_b = _normal(a.shape, a, generator) / math.sqrt(n), zero_b
-    elif name == "gaussian":
-        new_a, new_b = zero_a.normal_(std=1 / r, generator=generator), zero_b
-    elif name == "init_b":
-        new_a, new_b = zero_a, _uniform(b, r, generator)
-    elif name == "init_b_normal":
-        new_a, new_b = zero_a, _normal(b.shape, b, generator) / math.sqrt(r)
-    elif name == "init_b_unit":
-        new_a, new_b = zero_a, _normal(b.shape, b, generator)
-    elif name == "init_ab":
-        new_a, new_b = _uniform(a, n, generator), _uniform(b, r, generator)
-    else:
+    new_a, new_b = (torch.zeros_like(t, dtype=torch.float32) for t in (a, b))
+    if name in ("init_a", "init_ab"):
+        new_a = _uniform(a, n, generator)
+    if name in ("init_b", "init_ab"):
+        new_b = _uniform(b, r, generator)
+    if name == "init_a_normal":
+        new_a = _normal(a.shape, a, generator) / math.sqrt(n)
+    if name in ("init_b_normal", "init_b_unit"):
+        new_b = _normal(b.shape, b, generator) / (1 if name == "init_b_unit" else math.sqrt(r))
+    if name == "gaussian":
+        new_a.normal_(std=1 / r, generator=generator)
+    if name == "orthogonal":
         new_a, new_b = _orthogonal(a, b, generator)
     with torch.no_grad():
         a.copy_(new_a)

@@ -243,12 +243,7 @@ class LoraLayer(Participants):
     def enable_adapters(self, enabled: bool) -> None:
         """Switch all adapters on or off, as in PEFT. Adapters that are off are also frozen."""
         self.disable_adapters = not enabled
-        if enabled:
-            self.set_adapter(self._active)
-        else:
-            for name in self.adapter_names:
-                for parameter in self._parameters_of(name):
-                    parameter.requires_grad_(False)
+        self.set_adapter(self._active, inference_mode=not enabled)
 
     def set_scale(self, adapter_name: str, scale: float) -> None:
         """Set the scale of an adapter's update to ``scale`` times its original value."""

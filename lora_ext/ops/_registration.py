@@ -53,9 +53,6 @@ def backward(op: str, save: Callable[..., None]) -> Callable[[F], F]:
     return mark
 
 
-_registered: set[str] = set()
-
-
 @contextmanager
 def routed(library: str) -> Generator[None]:
     """Make all functions of ``lora_ext.ops`` call ``torch.ops.<library>`` inside a ``with`` block.
@@ -78,11 +75,9 @@ def routed(library: str) -> Generator[None]:
             vars(module)["_c"] = own
 
 
+@functools.cache
 def register(library: str) -> None:
     """Register all fake kernels and backwards for ``torch.ops.<library>``, once per library."""
-    if library in _registered:
-        return
-    _registered.add(library)
     ops = getattr(torch.ops, library)
     # torch's annotations of `register_fake` and `register_autograd` are incomplete.
     for op, function in _fakes.items():

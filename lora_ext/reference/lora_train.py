@@ -97,10 +97,6 @@ def _masked(
     return torch.where(keep.to(x.device), x, 0)
 
 
-def _factor(scale: Tensor | None, s: int, p: float, dtype: torch.dtype) -> float | Tensor:
-    return 1 / (1 - p) * (1 if scale is None else scale[s].to(dtype))
-
-
 def lora_linear(
     x: Tensor,
     weight: Tensor | None,
@@ -158,7 +154,7 @@ def lora_linear_backward(
     if weight is not None:
         dx = dy @ weight.to(dtype)
     for s, rows, rank in rows_of_adapters(adapter_ids, a.shape[0], a.shape[1], ranks):
-        factor = _factor(scale, s, dropout_p, dtype)
+        factor = 1 / (1 - dropout_p) * (1 if scale is None else scale[s].to(dtype))
         v = factor * (kept[rows] @ a[s, :rank].to(dtype).T)
         dv = factor * (dy[rows] @ b[s, :, :rank].to(dtype))
         db[s, :, :rank] = dy[rows].T @ v

@@ -15,7 +15,7 @@ from ._activation import Activated
 from ._assignment import Assignment
 from ._attachment import Places
 from ._context import Block, EntryPoint, innermost, innermost_of, outwards
-from ._entries import Name
+from ._entries import Members, name_of, weights_of
 
 
 def generation_scope() -> contextlib.AbstractContextManager[None]:
@@ -161,15 +161,9 @@ def _head(block: Block, found: Assignment, kept: int | Tensor) -> Block | None:
 
 
 def packed_block(
-    handle: int,
-    num_slots: int,
-    names: Sequence[Name | None],
-    slots: Sequence[int],
-    lengths: Sequence[int],
-    kept: Sequence[int] | None = None,
-    weights: Sequence[Sequence[float]] | None = None,
+    handle: int, num_slots: int, runs: Sequence[tuple[Members, int, int]], kept: list[int] | None
 ) -> Block:
-    """Return a block for one step of a server, with activations ``(1, sum(lengths), features)``.
+    """Return a block for one step of a server, with activations ``(1, tokens, features)``.
 
     The tokens are divided into runs of consecutive tokens of one request with one adapter. A
     request has one run. It has two if its activated adapter begins inside the step: the first run
@@ -178,23 +172,22 @@ def packed_block(
     Args:
         handle: Number of the pool.
         num_slots: Number of slots of the pool.
-        names: Name of each run's adapter. Two versions of an adapter have the same name but
-            different slots.
-        slots: Slot of each run's adapter; -1 for the base model.
-        lengths: Number of tokens of each run.
+        runs: The adapters of each run with their weights, their slot (-1 for the base model), and
+            the number of tokens. Two versions of an adapter have different slots.
         kept: For each token that the output head receives, the index of its run; the head's input
             is then ``(1, len(kept), features)``. None if the head receives all tokens.
-        weights: K weights for each run, as in :class:`Assignment`, or None if all weights are 1.
     """
-    distinct = {slot: name for name, slot in zip(names, slots, strict=True) if name is not None}
+    members, slots, lengths = zip(*runs, strict=True)
+    distinct: dict[int, Any] = {slot: name_of(each) for each, slot, _ in runs if each}
+    weights = weights_of(members)
     place = {slot: i for i, slot in enumerate(distinct)}
     each = torch.tensor([place.get(slot, -1) for slot in slots])
     of_runs = None if weights is None else torch.tensor(weights, dtype=torch.float32)
 
-    def block(runs: Tensor, head: Block | None = None) -> Block:
-        own = None if of_runs is None else of_runs[runs]
-        shape = (1, len(runs))
-        assignment = Assignment(tuple(distinct.values()), each[runs], shape, weights=own)
+    def block(of_tokens: Tensor, head: Block | None = None) -> Block:
+        own = None if of_runs is None else of_runs[of_tokens]
+        shape, places = (1, len(of_tokens)), each[of_tokens]
+        assignment = Assignment(tuple(distinct.values()), places, shape, weights=own)
         return Block(
             handle,
             Places(),

@@ -63,18 +63,18 @@ def pool_rows(
 ) -> Rows:
     """Return the rows of a pool's layer in the block in which a graph runs, with slots as ids."""
     where = handle, leading, device, tokens_first, of_tokens
-    ids = _active_adapter_ids(*where, tracing.batch, default)
-    return planned(tuple(range(num_slots)), ids, traced_weights(*where, default, mixed))
+    return planned(tuple(range(num_slots)), *slots_and_weights(*where, default, mixed))
 
 
-def traced_weights(*where: Any) -> Tensor | None:
-    """Return the weights of the rows of a pool's layer, in the block in which a graph runs.
+def slots_and_weights(*where: Any) -> tuple[Tensor, Tensor | None]:
+    """Return the slots and weights of a pool layer's rows, in the block in which a graph runs.
 
-    The arguments are those of the op ``active_adapter_weights`` except ``batch``. The last one is
-    the number of weights per row; the result is None if it is 0, as no block has had weights.
+    The arguments are those of the op ``active_adapters`` except ``batch``. The last one is the
+    number of weights per row. If it is 0, the weights are None, as no block has had weights.
     """
     at, default, mixed = where[:-2], *where[-2:]
-    return _active_adapter_weights(*at, tracing.batch, default, mixed) if mixed else None
+    ids, weights = _active_adapters(*at, tracing.batch, default, mixed)
+    return ids, weights if mixed else None
 
 
 def layer_rows(names: tuple[str, ...], default: int, *where: Any) -> Rows:
@@ -102,53 +102,38 @@ def block_of_graph(handle: int, default: str | None) -> _context.Block | None:
     return block
 
 
-@traced(
-    "active_adapter_ids(int handle, SymInt[] leading, Device device, bool tokens_first, "
-    "bool of_tokens, SymInt[] batch, str? default) -> Tensor",
-    fake=lambda handle, leading, device, *_: _empty_ids(leading, device),
-    tags=READS_MORE,
-)
-def _active_adapter_ids(
-    handle: int, leading: Sequence[int], device: torch.device, *where: Any
-) -> Tensor:
-    rows = _rows_of_graph(handle, leading, device, *where)
-    if rows is None:
-        return torch.full((math.prod(leading),), -1, dtype=torch.int32, device=device)
-    return rows.ids.clone()  # a copy, as a graph may reuse an op's result, and the ids are cached
+def _empty_ids_and_weights(
+    _handle: int, leading: Sequence[int], device: torch.device, *rest: Any
+) -> tuple[Tensor, Tensor]:
+    ids = _empty_ids(leading, device)
+    return ids, ids.new_empty(ids.shape[0], rest[-1], dtype=torch.float32)
 
 
 @traced(
-    "active_adapter_weights(int handle, SymInt[] leading, Device device, bool tokens_first, "
-    "bool of_tokens, SymInt[] batch, str? default, int mixed) -> Tensor",
-    fake=lambda _handle, leading, device, *rest: torch.empty(
-        math.prod(leading), rest[-1], dtype=torch.float32, device=device
-    ),
+    "active_adapters(int handle, SymInt[] leading, Device device, bool tokens_first, "
+    "bool of_tokens, SymInt[] batch, str? default, int mixed) -> (Tensor, Tensor)",
+    fake=_empty_ids_and_weights,
     tags=READS_MORE,
 )
-def _active_adapter_weights(
+def _active_adapters(
     handle: int, leading: Sequence[int], device: torch.device, *where: Any
-) -> Tensor:
-    rows = _rows_of_graph(handle, leading, device, *where[:-1])
-    weights = torch.ones(math.prod(leading), where[-1], dtype=torch.float32, device=device)
-    if rows is not None and rows.weights is not None:
-        weights[:, : rows.weights.shape[1]] = rows.weights
-    return weights
-
-
-def _rows_of_graph(handle: int, leading: Sequence[int], *where: Any) -> Rows | None:
-    """Return the rows of the block in which a graph runs; None if there is no block.
-
-    The arguments are those of the op ``active_adapter_ids``.
-    """
-    device, tokens_first, of_tokens, batch, default = where
+) -> tuple[Tensor, Tensor]:
+    tokens_first, of_tokens, batch, default, mixed = where
+    ids, weights = _empty_ids_and_weights(handle, leading, device, mixed)
+    ids.fill_(-1)
+    weights.fill_(1)
     block = block_of_graph(handle, default)
     if block is None:
-        return None
+        return ids, weights
     with _context.forward_of(batch_of(batch)):
         try:  # as in PoolLayer.rows_in, but an op cannot set tokens_first of the layer
-            return block.rows(torch.Size(leading), device, tokens_first, of_tokens)
+            rows = block.rows(torch.Size(leading), device, tokens_first, of_tokens)
         except TokensFirstError:
-            return block.rows(torch.Size(leading), device, True, of_tokens)
+            rows = block.rows(torch.Size(leading), device, True, of_tokens)
+    if mixed and rows.weights is not None:
+        weights[:, : rows.weights.shape[1]] = rows.weights
+    # The ids are copied, as a graph may reuse an op's result, and those of the block are cached.
+    return ids.copy_(rows.ids), weights
 
 
 def batch_of(batch: Sequence[int]) -> Batch | None:

@@ -177,8 +177,9 @@ class AdapterRequests:
 
     def _manager_methods(self) -> Iterator[tuple[Any, str, _Method]]:
         manager = self.manager
-        for name in ("add_request", "add_requests", "cancel_request", "start", "stop", "destroy"):
+        for name in ("add_request", "add_requests", "cancel_request", "start", "stop"):
             yield manager, name, getattr(self, name)
+        yield manager, "destroy", self.stop  # even if it was never started
         yield manager, "_create_batch_processor", self._create_batch_processor
         yield manager, "_generation_step", self._generation_step
         yield manager.output_router, "deliver", self._deliver
@@ -410,16 +411,10 @@ class AdapterRequests:
         self._count_as(running=True)
 
     def stop(self, original: _Method, *args: Any, **kwargs: Any) -> None:
-        """Stop the manager; if it is no longer running, unpin all adapters."""
+        """Stop or destroy the manager; if it is no longer running, unpin all adapters."""
         original(*args, **kwargs)
         if not self.manager.is_running():
             self._count_as(running=False)
-            self._end_all()
-
-    def destroy(self, original: Callable[[], None]) -> None:
-        """Destroy the manager, and unpin all adapters even if it was never started."""
-        original()
-        if not self.manager.is_running():
             self._end_all()
 
     def _count_as(self, running: bool) -> None:
@@ -503,11 +498,8 @@ class AdapterRequests:
             kept += ends[:1] * (len(batch) - len(kept)) + read_runs
         key = runs, kept
         if self._last is None or self._last[0] != key:  # consecutive decode steps have equal keys
-            members, slots, lengths = zip(*runs, strict=True)
-            names = [_entries.name_of(each) for each in members]
-            weights, pool = _entries.weights_of(members), (self.names.handle, self.pool.max_slots)
-            block = _generation.packed_block(*pool, names, slots, lengths, kept, weights)
-            self._last = key, block
+            pool = self.names.handle, self.pool.max_slots
+            self._last = key, _generation.packed_block(*pool, runs, kept)
         self.computed += count
         with _context.entered(self._last[1]), requests_apart():
             original()

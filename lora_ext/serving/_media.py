@@ -71,7 +71,8 @@ def media_owners(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> I
         if owners.rows == list(range(owners.sequences)):
             continue
         apart = any(callable(getattr(part, kind.method, None)) for part in model.modules())
-        if not apart and _has_several_names():
+        blocks = _context.outwards(_context.innermost())
+        if not apart and any(len(block.assignment.each()) > 1 for block in blocks):
             raise ValueError(
                 "adapters: names: expected one name for all sequences, or one entry of "
                 f"{kind.given} in each sequence, found several names and {owners.given} entries in "
@@ -229,12 +230,6 @@ class _Unknown(Assignment):
             "adapters: names: expected one name for all sequences, as the tokens do not determine "
             f"which one contains each image, video or sound, found {self.each()!r:.200}"
         )
-
-
-def _has_several_names() -> bool:
-    """Return whether any surrounding block has several names."""
-    blocks = _context.outwards(_context.innermost())
-    return any(len(block.assignment.each()) > 1 for block in blocks)
 
 
 def _assigned(assignment: Assignment, owners: _Owners) -> Assignment:

@@ -15,7 +15,6 @@ a pool. With ``bits=8`` or ``bits=4`` the copies are rounded, and have fewer byt
 
 from __future__ import annotations
 
-import copy
 import copyreg
 import os
 import warnings
@@ -32,7 +31,7 @@ from lora_ext._torch import compiles, linear, parameter
 
 from ._gguf import gguf_blocks
 from ._modules import base_modules, linear_size
-from ._packed_only import PackedOnlyLinear, PackedProduct, packed_product, watched
+from ._packed_only import PackedOnlyLinear, PackedProduct, copied_layer, packed_product, watched
 from ._packed_weight import Format, PackedWeight, why_not_packed
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -150,13 +149,9 @@ class PackedLinear(nn.Linear):
         self.__dict__[_STATE].drop()
         return super()._apply(*args, **kwargs)
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> PackedLinear:
-        """Copy the layer as a packed layer, which packs its weight when products use it."""
-        # The default deepcopy would call __reduce_ex__ below, which creates a plain layer.
-        twin = type(self).__new__(type(self))
-        memo[id(self)] = twin
-        twin.__dict__.update(copy.deepcopy(self.__dict__, memo))
-        return twin
+    # The copy is a packed layer, which packs its weight when products use it. The default deepcopy
+    # would call __reduce_ex__ below, which creates a plain layer.
+    __deepcopy__ = copied_layer
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         """Return the state of a plain ``nn.Linear``, which can be loaded without this package."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import weakref
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -15,8 +15,18 @@ from lora_ext._torch import AUTOCASTS, compiles, linear, spaced
 
 from ._packed_weight import Format
 
+Layer = TypeVar("Layer", bound=nn.Module)
+
 #: Largest number of rows that :func:`lora_ext.ops.packed_linear` multiplies on CUDA.
 MAX_CUDA_ROWS = 64
+
+
+def copied_layer(layer: Layer, memo: dict[int, Any]) -> Layer:
+    """Return a deep copy of a layer, without a call of its ``__reduce_ex__``."""
+    twin = type(layer).__new__(type(layer))
+    memo[id(layer)] = twin
+    twin.__dict__.update(copy.deepcopy(layer.__dict__, memo))
+    return twin
 
 
 class PackedOnlyLinear(nn.Linear):
@@ -85,12 +95,7 @@ class PackedOnlyLinear(nn.Linear):
         """Raise RuntimeError: the layer cannot be pickled."""
         raise _not_saved("pickle", "weight")
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> PackedOnlyLinear:
-        """Copy the layer; the default would call ``__reduce_ex__``."""
-        twin = type(self).__new__(type(self))
-        memo[id(self)] = twin
-        twin.__dict__.update(copy.deepcopy(self.__dict__, memo))
-        return twin
+    __deepcopy__ = copied_layer  # the default would call `__reduce_ex__`
 
 
 def _not_saved(where: str, key: str) -> RuntimeError:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -107,7 +108,7 @@ class LoraProbe:
         # itself.
         self._handles.append(self.model.register_forward_pre_hook(self._count))
         for name, layer in self._layers:
-            hook = self._hook(name)
+            hook = functools.partial(self._record, name)
             self._handles.append(layer.register_forward_pre_hook(hook))
         return self
 
@@ -153,15 +154,11 @@ class LoraProbe:
         if not recomputing():
             self._step += 1
 
-    def _hook(self, name: str) -> Any:
-        def record(layer: nn.Module, inputs: tuple[Any, ...]) -> None:
-            if not recomputing() and self._step % self.every == 0:
-                self._record(name, layer, inputs[0])
-
-        return record
-
     @torch.no_grad()
-    def _record(self, name: str, layer: Any, x: Tensor) -> None:
+    def _record(self, name: str, layer: Any, inputs: tuple[Any, ...]) -> None:
+        if recomputing() or self._step % self.every:
+            return
+        x: Tensor = inputs[0]
         with exactly(x.device):
             # If steps are compared, copy the factors, since the optimiser changes them in place.
             factors = [layer.lora_A[self.adapter].weight, layer.lora_B[self.adapter].weight]

@@ -18,8 +18,7 @@ from lora_ext._torch import compiles, evaluating
 from lora_ext.rows import context_value
 
 from ..base._spacing import remove_hooks
-from ..labels import IGNORE
-from ..labels import shift_labels as shifted
+from ..labels import IGNORE, shift_labels
 from ._forwards import Forward
 from ._head import Head, causal_lm, measured_head, softcap_of
 
@@ -124,40 +123,28 @@ class _Loss:
     head: Head = field(default_factory=lambda: Head(None))
     hook: RemovableHandle | None = None  # hook of the warning
 
-    def __call__(self, logits: Tensor, labels: Tensor | None, *args: Any, **given: Any) -> Any:
+    def __call__(self, logits: Tensor, labels: Any, *args: Any, **given: Any) -> Any:
         """Compute the loss with transformers' arguments; ``logits`` are not used if skipped."""
         call = _call_of(self.layer)
         if call is not None:
             call.logits = logits
         if call is None or not call.skip:
             return self.own(logits, labels, *args, **given)
-        return self._chunked(call.entered, labels, **given)
-
-    def _chunked(
-        self,
-        hidden: Tensor | None,
-        labels: Any,
-        *,
-        num_items_in_batch: Tensor | int | None = None,
-        ignore_index: int = IGNORE,
-        shift_labels: Tensor | None = None,
-        **_: Any,
-    ) -> Tensor:
         layer: Any = self.layer
-        weight, bias, scale = layer.weight, layer.bias, self.head.scale
+        hidden, weight, bias, scale = call.entered, layer.weight, layer.bias, self.head.scale
         if hidden is None or hasattr(weight, "full_tensor"):
             expected = f"the unsharded output layer from the call of {_WHERE}"
             found = f"another output layer, or a sharded weight ({type(weight).__name__})"
             raise NotImplementedError(f"{_WHERE}: model: expected {expected}, found {found}")
-        targets: Any = shifted(labels, ignore_index) if shift_labels is None else shift_labels
+        ignore_index, count = given.get("ignore_index", IGNORE), given.get("num_items_in_batch")
+        targets: Any = given.get("shift_labels")
+        targets = shift_labels(labels, ignore_index) if targets is None else targets
         targets = targets.to(hidden.device).flatten()
         if scale != 1:
             hidden, bias = hidden * scale, None if bias is None else bias * scale
         how = self.chunk, ignore_index, self.head.softcap
         loss = ops.chunked_cross_entropy(hidden.flatten(0, -2), weight, bias, targets, *how)
-        if num_items_in_batch is None:
-            return loss
-        return loss * ((targets != ignore_index).sum() / num_items_in_batch)
+        return loss if count is None else loss * ((targets != ignore_index).sum() / count)
 
 
 def _layer_forward(layer: nn.Module, own: Callable[..., Any], given: dict[str, Any]) -> Any:

@@ -202,7 +202,7 @@ class AfterTable:
                 self._holds[slot] = c
 
 
-# This is an op, like ``active_adapter_ids``, as a compiled graph cannot read a ContextVar.
+# This is an op, like ``active_adapters``, as a compiled graph cannot read a ContextVar.
 @traced(
     "active_after(int handle, int layer, SymInt[] leading, SymInt features, "
     "ScalarType dtype, Device device, bool tokens_first, SymInt[] batch) -> Tensor",

@@ -146,7 +146,7 @@ def _no_backward(_ctx: Any, *_grads: Any) -> Sequence[Tensor | None]:
     )
 
 
-# This is an op, like ``active_adapter_ids``, as a compiled graph cannot read a ContextVar.
+# This is an op, like ``active_adapters``, as a compiled graph cannot read a ContextVar.
 @traced(
     "replaced_rows(Tensor y, Tensor x, int handle, str name, bool tokens_first, SymInt[] batch, "
     "str? default) -> Tensor",

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from lora_ext._checks import require
@@ -60,10 +59,9 @@ class MultiLoraExperts(PoolLayer):
             # The graph reads the slot of each row from the block in which it runs. `pool_rows`
             # calls the same op but also plans the rows, whereas the plan of experts is for pairs
             # of row and expert.
-            where = x.shape[:-1], x.device, self.tokens_first, False, _traced.tracing.batch
-            slots = torch.ops.lora_ext.active_adapter_ids(self.handle, *where, self.default_text)
+            where = self.handle, x.shape[:-1], x.device, self.tokens_first, False
             mixed = next(iter(slabs.values())).mixed
-            of_rows = _traced.traced_weights(self.handle, *where[:-1], self.default_text, mixed)
+            slots, of_rows = _traced.slots_and_weights(*where, self.default_text, mixed)
         else:
             block = current(self.handle)
             if block is None and self.default is not None:
