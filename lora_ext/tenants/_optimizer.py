@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,36 +14,23 @@ from lora_ext._checks import number, require
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
-class Settings(NamedTuple):
-    """Checked settings of one step."""
-
-    lr: float
-    betas: tuple[float, float]
-    eps: float
-    weight_decay: float
-    max_norm: float  # infinity disables clipping
-
-
 def checked_settings(
     lr: Any, betas: Any, eps: Any, weight_decay: Any, max_grad_norm: Any
-) -> Settings:
-    """Check the arguments of ``optim_step``; the ValueError for an invalid one names it."""
+) -> dict[str, Any]:
+    """Return the arguments of ``optim_step``; raise ValueError if one is invalid."""
     where = "optim_step"
     pair = isinstance(betas, tuple | list) and len(betas) == 2
     require(pair, where, "betas", "two numbers in [0, 1)", repr(betas))
-    first, second = (number(where, "betas", beta, 0, below=1) for beta in betas)
-    norm = math.inf
-    if max_grad_norm is not None:
-        norm = float(number(where, "max_grad_norm", max_grad_norm, above=0))
-    return Settings(
-        float(number(where, "lr", lr, 0)),
-        (first, second),
+    norm = max_grad_norm
+    return {
+        "lr": float(number(where, "lr", lr, 0)),
+        "betas": tuple(number(where, "betas", beta, 0, below=1) for beta in betas),
         # With eps = 0, the first step would divide 0 by 0: B is initially 0, so the gradient of A
         # is 0.
-        float(number(where, "eps", eps, above=0)),
-        float(number(where, "weight_decay", weight_decay, 0)),
-        norm,
-    )
+        "eps": float(number(where, "eps", eps, above=0)),
+        "weight_decay": float(number(where, "weight_decay", weight_decay, 0)),
+        "max_norm": math.inf if norm is None else number(where, "max_grad_norm", norm, above=0),
+    }
 
 
 class Optimizer:
@@ -62,10 +49,11 @@ class Optimizer:
         }
         self._adamw = torch.optim.AdamW(self._trained.values(), fused=True)
 
-    def step(self, gradients: list[Tensor] | None, settings: Settings) -> float:
+    def step(self, gradients: list[Tensor] | None, max_norm: float, **settings: Any) -> float:
         """Clip the gradients, take a step, and return the norm of the gradients before clipping.
 
-        If ``gradients`` is None, returns 0 and changes nothing.
+        If ``gradients`` is None, returns 0 and changes nothing. The arguments are those of
+        :func:`checked_settings`.
 
         Raises:
             ValueError: If the norm is not finite. Nothing changes in this case.
@@ -75,15 +63,13 @@ class Optimizer:
         norm = float(torch.nn.utils.get_total_norm(gradients))
         expected = "a norm of the gradients that is finite in float32"
         require(math.isfinite(norm), "optim_step", "gradients", expected, norm)
-        if settings.max_norm < math.inf:
+        if max_norm < math.inf:
             # The formula of torch.nn.utils.clip_grad_norm_.
-            factor = min(1.0, settings.max_norm / (norm + 1e-6))
+            factor = min(1.0, max_norm / (norm + 1e-6))
             torch._foreach_mul_(gradients, factor)  # pyright: ignore[reportPrivateImportUsage]
         for trained, gradient in zip(self._trained.values(), gradients, strict=True):
             trained.grad = gradient
-        (group,) = self._adamw.param_groups
-        group["lr"], group["betas"] = settings.lr, settings.betas
-        group["eps"], group["weight_decay"] = settings.eps, settings.weight_decay
+        self._adamw.param_groups[0].update(settings)
         self._adamw.step()
         self._adamw.zero_grad()
         self.round()

@@ -295,7 +295,7 @@ class Tenant:
         settings = checked_settings(lr, betas, eps, weight_decay, max_grad_norm)
 
         def step() -> Result:
-            norm = self.adapter.optimizer.step(self.adapter.take(), settings)
+            norm = self.adapter.optimizer.step(self.adapter.take(), **settings)
             if self._inflight is not None:
                 self._follow(self._inflight)
             return Result([], {"grad_norm:mean": norm})

@@ -14,9 +14,9 @@ from lora_ext._checks import require
 
 from .. import BatchedClients, ClientSpec, LayerPlan, Update
 from .._update import Client
-from ._model import Model, Tensors, check_scaling
-from ._records import read_config, who
-from ._tasks import Settings, Task, failed, shared_names
+from ._model import Model
+from ._records import who
+from ._tasks import Settings, Task, failed
 
 State = Mapping[str, Tensor]
 #: Function that trains the clients of some tasks in one batch, starting from the global adapter.
@@ -49,21 +49,17 @@ class BatchedApp(ClientApp):
         In each reply, ``train-time-s`` is the total time divided by the number of clients.
         """
         began = time.perf_counter()
-        state: State = {}
         replies: dict[int, Message] = {}
         tasks: dict[int, tuple[Task, Any]] = {}
         for place, (message, context) in enumerate(pairs):
             try:
-                manager = self._model.manager
-                state = Tensors(manager, shared_names(read_config(message))).state()
-                task = Task.read(message, context, state, self._model.pattern)
-                check_scaling(manager, task.config)
+                task, _ = self._model.read(message, context)
                 tasks[place] = task, self._prepare(task)
             except Exception as error:
                 replies[place] = failed(message, error)
         loaded = time.perf_counter()
         try:
-            whole = _union([task for task, _ in tasks.values()], state)
+            whole = _union([task for task, _ in tasks.values()])
             updates = self._train([*tasks.values()], whole) if tasks else []
         except Exception as error:
             return [replies.get(i, failed(message, error)) for i, (message, _) in enumerate(pairs)]
@@ -78,7 +74,7 @@ class BatchedApp(ClientApp):
                 replies[place] = failed(task.message, error)
                 continue
             metrics = {"num-examples": update.num_examples, "train-loss": update.loss}
-            replies[place] = task.reply(task.cut(update.tensors), {**seconds, **metrics}, state)
+            replies[place] = task.reply(task.cut(update.tensors), {**seconds, **metrics})
         return [replies[place] for place in range(len(pairs))]
 
     def _alone(self, message: Message, context: Context) -> Message:
@@ -136,13 +132,13 @@ def of_clients(batched: BatchedClients) -> BatchedApp:
     return BatchedApp(model, prepare, train)
 
 
-def _union(tasks: Sequence[Task], state: State) -> dict[str, Tensor]:
+def _union(tasks: Sequence[Task]) -> dict[str, Tensor]:
     """Return the global adapter, assembled from the parts in the messages. Parts that no message
     contains are zeros, and no client uses them."""
     found: dict[str, Tensor] = {}
     sizes: dict[str, int] = {}
     for task in tasks:
-        for key, value in task.whole(state).items():
+        for key, value in task.whole().items():
             size = task.tensors[key].numel() if key in task.tensors else 0
             if size >= sizes.get(key, 0):
                 found[key], sizes[key] = value, size

@@ -17,9 +17,9 @@ from lora_ext._checks import require
 from .._plan import PATTERN
 from ..batched import rows_in
 from ._batched_app import in_one_batch
-from ._model import Model, Tensors, check_scaling
-from ._records import read_config, who
-from ._tasks import Metrics, Settings, Task, shared_names
+from ._model import Model
+from ._records import who
+from ._tasks import Metrics, Settings
 
 WHERE = "make_client_app"
 TrainFn = Callable[[nn.Module, Sequence[Any], ConfigRecord], Metrics]
@@ -109,10 +109,7 @@ def _train(
 ) -> Message:
     began = time.perf_counter()
     manager = model.manager
-    tensors = Tensors(manager, shared_names(read_config(message)))
-    state = tensors.state()
-    task = Task.read(message, context, state, model.pattern)
-    check_scaling(manager, task.config)
+    task, tensors = model.read(message, context)
     tensors.load(task.tensors)
     before = task.cut(tensors.state(task.plan.layers))
     manager.apply(task.plan, others=task.others)
@@ -129,4 +126,4 @@ def _train(
     found = {"train-time-s": time.perf_counter() - loaded, "down-time-s": loaded - began, **found}
     after = task.cut(tensors.state(task.plan.layers))
     changes = {key: value - before[key] for key, value in after.items()}
-    return task.reply(changes, found, state)
+    return task.reply(changes, found)

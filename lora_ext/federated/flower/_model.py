@@ -6,15 +6,18 @@ import contextlib
 import math
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, cast
+from typing import Any
 
 import torch
+from flwr.app import Context, Message
 from torch import Tensor, nn
 
 from lora_ext._checks import require
 from lora_ext.layers import adapted_layers
 
 from .. import LoraLayerManager
+from ._records import read_config
+from ._tasks import Task, shared_names
 
 _kept: dict[str, LoraLayerManager] = {}  # manager by Model._token, at most one per process
 
@@ -49,16 +52,25 @@ class Model:
             _kept[self._token] = self._manager
         return self._manager
 
+    def read(self, message: Message, context: Context) -> tuple[Task, Tensors]:
+        """Return the task in a message, and access to the tensors that it names.
 
-def check_scaling(manager: LoraLayerManager, config: Mapping[str, Any]) -> None:
-    """Raise if the server's message contains a scale that differs from the adapter's. An average of
-    adapters with different scales would be wrong."""
-    if "scaling" not in config:
-        return
-    for name, layer in adapted_layers(manager.model, manager.adapter).items():
-        found: float = cast(Any, layer).scaling[manager.adapter]
-        same = math.isclose(found, config["scaling"], rel_tol=1e-6)
-        require(same, "message", f"scaling of {name}", f"{config['scaling']:g}", f"{found:g}")
+        Raises:
+            ValueError: If the message is not from the strategy, does not fit the model, or contains
+                a scale that differs from the adapter's. An average of adapters with different
+                scales would be wrong.
+            TypeError: If a setting has the wrong type.
+        """
+        manager = self.manager
+        tensors = Tensors(manager, shared_names(read_config(message)))
+        task = Task.read(message, context, tensors.state(), self.pattern)
+        wanted: Any = task.config.get("scaling")
+        layers: Mapping[str, Any] = adapted_layers(manager.model, manager.adapter)
+        for name, layer in layers.items() if wanted is not None else ():
+            found = layer.scaling[manager.adapter]
+            same = math.isclose(found, wanted, rel_tol=1e-6)
+            require(same, "message", f"scaling of {name}", f"{wanted:g}", f"{found:g}")
+        return task, tensors
 
 
 class Tensors:

@@ -60,6 +60,7 @@ class Task:
     tensors: dict[str, Tensor]
     others: Others  # state of the layers outside the plan
     shared: list[str]  # names of the parameters to train in addition to the adapter
+    state: Mapping[str, Tensor]  # tensors of the client's model
     pattern: str  # regular expression whose first group is the index of a layer in a name
 
     @classmethod
@@ -105,6 +106,7 @@ class Task:
             tensors=tensors,
             others=others,
             shared=shared,
+            state=state,
             pattern=pattern,
         )
 
@@ -121,32 +123,29 @@ class Task:
             key: value[tuple(map(slice, self.tensors[key].shape))] for key, value in tensors.items()
         }
 
-    def whole(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Return the adapter in the message, padded with zeros to the shapes in ``state``."""
+    def whole(self) -> dict[str, Tensor]:
+        """Return the adapter in the message, padded with zeros to the shapes of the model's."""
         found: dict[str, Tensor] = {}
-        for key, own in state.items():
+        for key, own in self.state.items():
             value = self.tensors.get(key, own[:0])
             found[key] = torch.zeros(own.shape, dtype=value.dtype)
             found[key][tuple(map(slice, value.shape))] = value
         return found
 
-    def reply(
-        self, changes: Mapping[str, Tensor], metrics: Metrics, state: Mapping[str, Tensor]
-    ) -> Message:
+    def reply(self, changes: Mapping[str, Tensor], metrics: Metrics) -> Message:
         """Return the reply.
 
         Args:
             changes: differences of the trained tensors from the received ones, for the planned
                 layers and the shared parameters.
             metrics: metrics of the training, which must include ``num-examples``.
-            state: tensors of the model, which define the names and shapes of a masked reply.
         """
         sent = dict(changes)
         if choice("message", "upload", self.config.get("upload"), get_args(Upload)) == "value":
             sent = {key: self.tensors[key] + change for key, change in changes.items()}
         if self.config.get("payload") == "dense_masked":
             sent = masked_payload(
-                self.whole(state),
+                self.whole(),
                 Update(self.client, metrics["num-examples"], changes, self.plan),
                 weighted_by="num-examples" if self.config.get("weighted") else None,
                 max_update_norm=cast(float | None, self.config.get("max-update-norm")),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import importlib
 import inspect
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable
 from typing import Any
 
 MARK = "_lora_ext_follows"  # attribute of a function that was wrapped
@@ -77,45 +77,25 @@ def missing(part: str, owner: Any) -> str | None:
         part: part of the interface, a key of ``_CALLED``.
         owner: class or module of vLLM that should have the members of the part.
     """
+    first = int(isinstance(owner, type))  # a method has ``self``
     for name, wanted in _CALLED[part].items():
-        lacks = _differs(owner, name, wanted.split(), int(isinstance(owner, type)))
-        if lacks is not None:
-            return lacks
+        function = getattr(owner, name, None)
+        if not callable(function):
+            return f"{owner.__name__}.{name}"
+        parameters = list(inspect.signature(function).parameters.values())
+        # With *args, another plug-in has probably wrapped it, and nothing can be compared.
+        wrapped = any(each.kind is each.VAR_POSITIONAL for each in parameters)
+        expected = wanted.split()
+        named = [each.name for each in parameters[first : first + len(expected)]]
+        if not wrapped and named != expected:
+            return f"{owner.__name__}.{name}({', '.join(expected)})"
     read = _READ.get(part, "").split()
-    mentioned = set(_names(owner)) if read else ()
+    # Names in the code of the methods: attributes of instances are declared nowhere else.
+    bases = owner.__mro__ if read else ()
+    members = filter(callable, (member for base in bases for member in vars(base).values()))
+    codes = [getattr(inspect.unwrap(member), "__code__", None) for member in members]
+    mentioned = {name for code in codes for name in getattr(code, "co_names", ())}
     return next((f"{owner.__name__}.{each}" for each in read if each not in mentioned), None)
-
-
-def _differs(owner: Any, name: str, wanted: Sequence[str], first: int) -> str | None:
-    """Describe a function that is missing or has other parameters; return None if it fits.
-
-    Args:
-        owner: class or module of vLLM.
-        name: name of the function in ``owner``.
-        wanted: names of the parameters that lora_ext passes.
-        first: index of the first parameter to compare: 1 for a method, which has ``self``.
-    """
-    function = getattr(owner, name, None)
-    if not callable(function):
-        return f"{owner.__name__}.{name}"
-    parameters = list(inspect.signature(function).parameters.values())
-    # With *args, another plug-in has probably wrapped the function, and nothing can be compared.
-    if any(each.kind is each.VAR_POSITIONAL for each in parameters):
-        return None
-    if [each.name for each in parameters[first : len(wanted) + first]] != list(wanted):
-        return f"{owner.__name__}.{name}({', '.join(wanted)})"
-    return None
-
-
-def _names(kind: type) -> Iterator[str]:
-    """Yield all names that the code of a class's methods contains.
-
-    They include the attributes of instances, which are declared nowhere else.
-    """
-    for base in kind.__mro__:
-        for member in filter(callable, vars(base).values()):
-            code: Any = getattr(inspect.unwrap(member), "__code__", None)
-            yield from getattr(code, "co_names", ())
 
 
 def wrap(owner: Any, name: str, ours: Callable[..., Any], mark: str = MARK) -> None:
