@@ -18,10 +18,8 @@ from lora_ext.adapter import LoraAdapter, check_base
 from lora_ext.layers import LoraConfig, LoraLayer, unwrap
 
 from ._batch import CAUSAL, BatchStep, Call
-from ._data import Datum, Result, checked_data
-from ._live import LiveAdapter, Targets
-from ._losses import checked_options
-from ._optimizer import checked_settings
+from ._data import Datum, Result, checked_data, checked_options
+from ._live import LiveAdapter, Targets, checked_settings
 from ._sampler import MAX_RANK, Sampler, SamplingModel, forget
 from ._scheduler import QUANTUM, Scheduler
 from ._store import Store

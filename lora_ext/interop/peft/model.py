@@ -27,10 +27,9 @@ from lora_ext._torch import compiles
 from lora_ext.layers import space_products, unspace_products
 from lora_ext.rows import Assignment, _layouts, context_value, refuse_singular, several_processes
 
-from . import _adapters, _names, _quantised
+from . import _adapters, _kinds, _names
 from ._activation import copies_of_prompt, offsets_given, refuse_other_forwards
 from ._experts import FusedExperts
-from ._kinds import FusedKind, swap_kinds
 from ._layers import Fused, FusedLinear
 from ._routers import FusedXLora, router_of
 
@@ -50,8 +49,8 @@ def take_over(model: Model) -> Model:
     """Implement :func:`lora_ext.from_peft`, which imports this module because it needs peft."""
     found, known = f"a {type(model).__name__}", isinstance(model, nn.Module)
     require(known, "from_peft", "model", "a torch.nn.Module", found, TypeError)
-    swap_kinds(model, _never_called(model))
-    if not any(isinstance(m, LoraLayer | FusedKind) for m in model.modules()):
+    _kinds.swap_kinds(model, _never_called(model))
+    if not any(isinstance(m, LoraLayer | _kinds.FusedKind) for m in model.modules()):
         raise ValueError("from_peft: model: expected layers with LoRA adapters, found none")
     _adapters.check_values(model)
     _adapters.warn_of_other_bases(model)
@@ -100,7 +99,7 @@ def _fused_class(kind: type) -> type:
         LoraModel: _FusedLoraModel,
         XLoraLinearLayer: FusedXLora,
     }
-    return plain.get(kind) or _quantised.fused_version(kind)
+    return plain.get(kind) or _kinds.fused_version(kind)
 
 
 def _swap(model: nn.Module, other: Callable[[type], type]) -> None:
@@ -141,13 +140,13 @@ def report(model: nn.Module) -> Report:
             reasons = {router.uncovered()}
         elif router is not None:
             reasons = {f"PEFT's {type(router).__name__} computes it"}
-        elif isinstance(module, Fused | FusedKind):
+        elif isinstance(module, Fused | _kinds.FusedKind):
             reasons = module.left()
         elif _fused_class(kind) is not kind:
             reasons = {"it was adapted after from_peft was called"}
         else:
-            found = _quantised.full_name(kind)
-            reasons = {f"lora_ext runs only {_quantised.COVERED}, found {found}"}
+            found = _kinds.full_name(kind)
+            reasons = {f"lora_ext runs only {_kinds.COVERED}, found {found}"}
         why = "; ".join(sorted(filter(None, reasons)))
         left |= {name: why} if why else {}
         taken += [] if why else [name]

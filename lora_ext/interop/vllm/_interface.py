@@ -1,4 +1,4 @@
-"""Checks of vLLM's internal functions that lora_ext uses, and a function to wrap them."""
+"""Checks of vLLM's internal functions that lora_ext uses, and functions that wrap them."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import inspect
 from collections.abc import Callable
 from typing import Any
 
+_CHECKED = "_lora_ext_checks"  # mark of functions that check requests
 MARK = "_lora_ext_follows"  # attribute of a function that was wrapped
 # Parameters of the functions of vLLM that lora_ext calls or wraps, in vLLM's order and without
 # ``self``, by part of the interface. In this order, the parts are: the punica wrapper, the manager
@@ -114,3 +115,41 @@ def wrap(owner: Any, name: str, ours: Callable[..., Any], mark: str = MARK) -> N
 
     setattr(call, mark, True)
     setattr(owner, name, call)
+
+
+_checkers: dict[type, list[Callable[[Any], Callable[[Any], object]]]] = {}  # by engine class
+
+
+def register_check(front: Any, checker: Callable[[Any], Callable[[Any], object]]) -> None:
+    """Check the requests of every ``LLMEngine`` that this process creates from now on.
+
+    ``LLMEngine`` registers a request and then passes it to the engine's core. If the core rejected
+    the request, ``LLMEngine`` would wait for it forever. The checks that the plug-in adds to the
+    core therefore also run here, before the request is registered. vLLM's asynchronous engine,
+    which a server uses, needs no checks here: it receives the core's errors, and a check would
+    block its event loop.
+
+    Registering the same ``checker`` again does nothing.
+
+    Args:
+        front: the class ``LLMEngine``.
+        checker: function that receives the settings of an engine (``VllmConfig``) and returns a
+            check. The check receives each request of the engine and raises for an invalid one.
+    """
+    checkers = _checkers.setdefault(front, [])
+    if checker not in checkers:
+        checkers.append(checker)
+
+    def begin(inner: Any, self: Any, *args: Any, **kwargs: Any) -> None:
+        inner(self, *args, **kwargs)
+        checks = [each(self.vllm_config) for each in checkers]
+
+        def process(inner: Any, *args: Any, **kwargs: Any) -> Any:
+            request = inner(*args, **kwargs)
+            for check in checks:
+                check(request)
+            return request
+
+        wrap(self.input_processor, "process_inputs", process, _CHECKED)
+
+    wrap(front, "__init__", begin, _CHECKED)
