@@ -28,7 +28,6 @@ from lora_ext.layers import space_products, unspace_products
 from lora_ext.rows import Assignment, _layouts, context_value, refuse_singular, several_processes
 
 from . import _adapters, _kinds, _names
-from ._activation import copies_of_prompt, offsets_given, refuse_other_forwards
 from ._experts import FusedExperts
 from ._layers import Fused, FusedLinear
 from ._routers import FusedXLora, router_of
@@ -167,7 +166,7 @@ class _FusedLoraModel(LoraModel):
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """Call the model's ``generate``; if adapters are activated, check its settings first."""
         if _begins.get():
-            refuse_other_forwards(self.model, kwargs)
+            _names.refuse_other_forwards(self.model, kwargs)
         return self.model.generate(*args, **kwargs)
 
     def generate_batch(self, *args: Any, adapter_names: Any = None, **kwargs: Any) -> Any:
@@ -192,7 +191,7 @@ class _FusedLoraModel(LoraModel):
         given: Assignment | None = None
         names, offsets = kwargs.get("adapter_names"), kwargs.pop("alora_offsets", None)
         if offsets is not None:  # `generate` may make several rows from one prompt.
-            count = copies_of_prompt(kwargs)
+            count = _names.copies_of_prompt(kwargs)
             offsets = [offset for offset in offsets for _ in range(count)]
         if names is None:
             _adapters.refuse_block(self, self.peft_config, self.active_adapters, other_names=True)
@@ -231,7 +230,7 @@ class _FusedLoraModel(LoraModel):
                     )
                 if given is not None and given.mixed:
                     stack.enter_context(_names.entries_given(self.model, given))
-                stack.enter_context(offsets_given(self.model, offsets))
+                stack.enter_context(_names.offsets_given(self.model, offsets))
                 if not compiles():  # Dynamo cannot trace contextvars. Only `generate` reads this.
                     stack.enter_context(context_value(_begins, offsets is not None))
                 yield
