@@ -46,11 +46,8 @@ def cases() -> Sequence[Case]:
     def crash(of: Any, given: Any) -> Any:
         os.kill(os.getpid(), signal.SIGSEGV)
 
-    return [
-        replace(case, op="wrong", prepare=wrong),
-        replace(case, op="crash", prepare=crash),
-        case,
-    ]
+    faulty = {"wrong": wrong, "crash": crash}
+    return [*(replace(case, op=op, prepare=how) for op, how in faulty.items()), case]
 
 
 def serve_cases(connection: Connection, backend: str) -> None:

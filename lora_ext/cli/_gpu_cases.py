@@ -393,8 +393,8 @@ def _roots(program: ops.Program) -> list[int]:
 def _walk(of: Any, given: Inputs) -> Call:
     # Both walks start from the values that the reference has computed.
     leaf, w, numbers = given["leaf"], given["w"], given["numbers"]
-    wide = (t.cpu().double() for t in (leaf, w))
-    val = reference.circuit_layers(*wide, numbers.cpu(), "none", "max").to(leaf)
+    wide = leaf.cpu().double(), w.cpu().double(), numbers.cpu()
+    val = reference.circuit_layers(*wide, "none", "max").to(leaf)
     program = ops.Program(numbers, list(given["plan"])) if of is ops else numbers
     return lambda: [of.circuit_layers_walk(val, w, program, given["root"])]
 

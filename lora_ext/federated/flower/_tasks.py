@@ -225,10 +225,10 @@ class Model:
         manager = self.manager
         tensors = Tensors(manager, shared_names(_records.read_config(message)))
         task = Task.read(message, context, tensors.state(), self.pattern)
-        wanted: Any = task.config.get("scaling")
-        layers: Mapping[str, Any] = adapted_layers(manager.model, manager.adapter)
-        for name, layer in layers.items() if wanted is not None else ():
-            found = layer.scaling[manager.adapter]
+        config: Any = task.config
+        layers: dict[str, Any] = dict(adapted_layers(manager.model, manager.adapter))
+        for name, layer in layers.items() if "scaling" in config else ():
+            found, wanted = layer.scaling[manager.adapter], config["scaling"]
             same = math.isclose(found, wanted, rel_tol=1e-6)
             require(same, "message", f"scaling of {name}", f"{wanted:g}", f"{found:g}")
         return task, tensors
