@@ -13,6 +13,7 @@ from dataclasses import replace
 from multiprocessing.connection import Connection
 from typing import Any
 
+from lora_ext import ops
 from lora_ext.cli import _gpu_report, _gpu_variants
 from lora_ext.cli._gpu_cases import Case
 
@@ -38,14 +39,15 @@ def cases() -> Sequence[Case]:
     """Return a wrong case, one that ends its process, and a correct one."""
     (case,) = (case for case in _gpu_variants.all_cases() if case.op == "lora_shrink")
 
-    def wrong(given: Any) -> Any:
+    def wrong(of: Any, given: Any) -> Any:
         call = case.ready(given)
-        return lambda: [2 * t for t in call()]
+        return lambda: [2 * t for t in call()] if of is ops else case.formula(given)
 
-    def crash(given: Any) -> Any:
+    def crash(of: Any, given: Any) -> Any:
         os.kill(os.getpid(), signal.SIGSEGV)
 
-    return [replace(case, op="wrong", ready=wrong), replace(case, op="crash", ready=crash), case]
+    faulty = {"wrong": wrong, "crash": crash}
+    return [*(replace(case, op=op, prepare=how) for op, how in faulty.items()), case]
 
 
 def serve_cases(connection: Connection, backend: str) -> None:

@@ -29,7 +29,7 @@ from typing import Any, NoReturn, get_args
 import lora_ext
 from lora_ext.adapter import KINDS, MergeMode
 
-from . import _changes, _gpu_report, _guides, _reports, servers
+from . import _changes, _gpu_report, _models, _reports
 
 _FOLDER = "folder of an adapter"
 
@@ -70,8 +70,8 @@ def make_parser() -> argparse.ArgumentParser:
         (_changes.resize, _add_resize),
         (_changes.prune, _add_prune),
         (_reports.diff, _add_diff),
-        (servers.serve, _add_serve),
-        (_guides.distil_guide, _add_distil_guide),
+        (_models.serve, _add_serve),
+        (_models.distil_guide, _add_distil_guide),
     ):
         words = inspect.getdoc(run) or ""
         name, summary = run.__name__.replace("_", "-"), words.partition(".\n")[0]

@@ -5,8 +5,9 @@ A launcher is a C++ function that starts the CUDA kernels of an op. The cases ca
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -21,21 +22,35 @@ Call = Callable[[], list[Tensor]]
 Make = Callable[[torch.Generator, int], Inputs]
 
 
+def plain(function: Callable[..., Any], **arguments: Any) -> Any:
+    return function(**arguments)
+
+
 @dataclass(frozen=True)
 class Case:
     """Op with inputs, and the reference that its results must match.
 
+    By default, the reference is the function of the same name. Names in a text are separated by
+    spaces.
+
     Args:
         op: name of the case, which begins with the name of the op.
-        launchers: names of the launchers in ``csrc/include`` that the op calls, without the prefix
-            ``launch_``.
         make: function that receives a generator and a size, and returns inputs. Size 0 is small,
-            for the check, and size 1 is large, for the timing. The floor of a time is computed from
-            all inputs, so a timed case has no input that the op does not read.
-        ready: function that prepares all arguments from the inputs, and returns the call of the op.
-            Only the call is timed, so it must not create a tensor on the host.
-        formula: reference function, which computes the same results from float64 inputs.
-        dtype: dtype of the floating-point inputs of the op.
+            for the check, and size 1 is large, for the timing. The names of the inputs are those of
+            arguments of ``call``.
+        inputs: names of the inputs of ``make`` that the case needs; by default all. The floor of a
+            time is computed from them, so a timed case has no input that the op does not read.
+        leaves: arguments for which gradients of a weighted sum of the first result are returned
+            too. Without leaves, all results are compared.
+        arguments: function that prepares the arguments from the inputs, before the timing.
+        of_op: arguments that the reference does not have.
+        call: function that receives the op or the reference, and the arguments.
+        prepare: function that replaces ``leaves``, ``arguments`` and ``call``. It receives
+            :mod:`lora_ext.ops` or :mod:`lora_ext.reference`, and the inputs, and returns the call.
+            Only the call of the op is timed, so it must not create a tensor on the host.
+        launches: names of the launchers in ``csrc/include`` that the op calls, without the prefix
+            ``launch_``; by default, there is one with the name of the op.
+        dtype: dtype of the floating-point inputs of the op. Those of the reference are float64.
         bound: maximum absolute error of a result, divided by its largest absolute value.
         exact: whether the results must be equal, since they are indices.
         timed: whether the case is also timed, with the large size.
@@ -44,20 +59,67 @@ class Case:
     """
 
     op: str
-    launchers: tuple[str, ...]
     make: Make
-    ready: Callable[[Inputs], Call]
-    formula: Callable[[Inputs], list[Tensor]]
+    inputs: str = ""
+    leaves: str = ""
+    arguments: Callable[[Inputs], Inputs] = dict
+    of_op: Mapping[str, Any] = field(default_factory=dict)
+    call: Callable[..., Any] = plain
+    prepare: Callable[[Any, Inputs], Call] | None = None
+    launches: str = ""
     dtype: torch.dtype = torch.float32
     bound: float = 1e-4
     exact: bool = False
     timed: bool = True
-    floats: tuple[str, ...] = ()
+    floats: str = ""
     read: Callable[[Inputs, list[Tensor]], list[Tensor]] = lambda given, found: found
+
+    @property
+    def function(self) -> str:
+        """Name of the op and of its reference."""
+        return re.split(r"\W", self.op)[0]
+
+    @property
+    def launchers(self) -> list[str]:
+        """Names of the launchers that the op calls."""
+        return (self.launches or self.function.rstrip("_")).split()
+
+    def ready(self, given: Inputs) -> Call:
+        """Prepare all arguments from the inputs, and return the call of the op."""
+        return self._prepared(ops, given)
+
+    def formula(self, given: Inputs) -> list[Tensor]:
+        """Return the results of the reference."""
+        return self._prepared(reference, given)()
 
     def run(self, given: Inputs) -> list[Tensor]:
         """Return the results of the op, to be compared with those of the reference."""
         return self.read(given, self.ready(given)())
+
+    def _prepared(self, of: Any, given: Inputs) -> Call:
+        if self.prepare is not None:
+            return self.prepare(of, given)
+        bound = {**self.arguments(given), **(self.of_op if of is ops else {})}
+        leaves = self.leaves.split()
+        own = {k: convert(bound[k], lambda t: t.detach().clone().requires_grad_()) for k in leaves}
+        bound, at = {**bound, **own}, tensors(own)
+
+        def results() -> list[Tensor]:
+            found = self.call(getattr(of, self.function), **bound)
+            return tensors([found] if isinstance(found, Tensor) else list(found))
+
+        if not leaves:
+            return results
+        with torch.no_grad():
+            y = results()[0]  # only its shape is used
+        weights = torch.linspace(-1, 1, y.numel(), dtype=torch.float64, device=y.device)
+        weights = weights.view(y.shape).to(y)
+
+        def run() -> list[Tensor]:
+            found = results()[0]
+            return [found.detach(), *torch.autograd.grad(found, at, weights)]
+
+        return run
 
 
 def moved(inputs: Mapping[str, Any], outputs: list[Tensor]) -> int:
@@ -87,70 +149,6 @@ def randn(g: torch.Generator, *shape: int) -> Tensor:
     return torch.randn(shape, generator=g)
 
 
-def only(make: Make, *names: str) -> Make:
-    """Return the function that makes some of the inputs of ``make``."""
-
-    def some(g: torch.Generator, size: int) -> Inputs:
-        made = make(g, size)
-        return {name: made[name] for name in names}
-
-    return some
-
-
-def plain(function: Callable[..., Any], **arguments: Any) -> Any:
-    return function(**arguments)
-
-
-def compared(
-    name: str,
-    make: Make,
-    leaves: tuple[str, ...] = (),
-    arguments: Callable[[Inputs], Inputs] = dict,
-    call: Callable[..., Any] = plain,
-    launchers: str = "",
-    op: str = "",
-    **how: Any,
-) -> Case:
-    """Return the case that compares an op with the reference function of the same name.
-
-    Args:
-        name: name of the two functions.
-        make: see ``Case``. The names of the inputs are those of arguments of ``call``.
-        leaves: arguments for which gradients of a weighted sum of the first result are returned
-            too. Without leaves, all results are compared.
-        arguments: function that prepares the arguments from the inputs, before the timing.
-        call: function that receives one of the two functions and the arguments.
-        launchers: names of the launchers, separated by spaces; by default, there is one, ``name``.
-        op: name of the case, if it is not ``name``.
-        how: further arguments of ``Case``.
-    """
-
-    def results(function: Callable[..., Any], bound: Inputs) -> list[Tensor]:
-        found = call(function, **bound)
-        return tensors([found] if isinstance(found, Tensor) else list(found))
-
-    def ready(function: Callable[..., Any], given: Inputs) -> Call:
-        bound = arguments(given)
-        own = {k: convert(bound[k], lambda t: t.detach().clone().requires_grad_()) for k in leaves}
-        bound, at = {**bound, **own}, tensors(own)
-        if not leaves:
-            return lambda: results(function, bound)
-        with torch.no_grad():
-            y = results(function, bound)[0]  # only its shape is used
-        weights = torch.linspace(-1, 1, y.numel(), dtype=torch.float64, device=y.device)
-        weights = weights.view(y.shape).to(y)
-
-        def run() -> list[Tensor]:
-            found = results(function, bound)[0]
-            return [found.detach(), *torch.autograd.grad(found, at, weights)]
-
-        return run
-
-    names = (*(launchers or name.rstrip("_")).split(),)
-    prepared, formula = (partial(ready, getattr(of, name)) for of in (ops, reference))
-    return Case(op or name, names, make, prepared, lambda i: formula(i)(), **how)
-
-
 # --- LoRA -----------------------------------------------------------------------------------------
 # (rows, input features, output features, rank, adapters) of the small and of the large size
 _DECODE = ((5, 72, 48, 16, 3), (64, 4096, 4096, 16, 64))
@@ -170,8 +168,7 @@ def lora_inputs(sizes: Any, g: torch.Generator, size: int) -> Inputs:
 
 def _projected(g: torch.Generator, size: int) -> Inputs:
     made = lora_inputs(_DECODE, g, size)
-    v = randn(g, len(made["x"]), made["b"].shape[2])
-    return {"v": v, "b": made["b"], "adapter_ids": made["adapter_ids"]}
+    return {**made, "v": randn(g, len(made["x"]), made["b"].shape[2])}
 
 
 def sibling_inputs(g: torch.Generator, size: int) -> Inputs:
@@ -179,12 +176,9 @@ def sibling_inputs(g: torch.Generator, size: int) -> Inputs:
     return {**made[0], **{name: [each[name] for each in made] for name in ("a", "b")}}
 
 
-def siblings(make: Make, **how: Any) -> Case:
-    def arguments(given: Inputs) -> Inputs:
-        x, b = given["x"], given["b"]
-        return {**given, "y": [x.new_zeros(len(x), each.shape[1]) for each in b]}
-
-    return compared("lora_apply_siblings_", make, (), arguments, launchers="lora_apply", **how)
+def _with_outputs(given: Inputs) -> Inputs:
+    x, b = given["x"], given["b"]
+    return {**given, "y": [x.new_zeros(len(x), each.shape[1]) for each in b]}
 
 
 def _plan_inputs(g: torch.Generator, size: int) -> Inputs:
@@ -193,8 +187,9 @@ def _plan_inputs(g: torch.Generator, size: int) -> Inputs:
     return {"adapter_ids": ids, "num_adapters": adapters}
 
 
-def _plan(given: Inputs) -> Call:
-    return lambda: [ops.lora_plan(given["adapter_ids"], given["num_adapters"])]
+def _plan(of: Any, given: Inputs) -> Call:
+    ids, count = given["adapter_ids"], given["num_adapters"]
+    return lambda: [ops.lora_plan(ids, count) if of is ops else ids]
 
 
 def _ids_of_plan(given: Inputs, found_plan: list[Tensor]) -> list[Tensor]:
@@ -238,41 +233,37 @@ def _pairs(given: Inputs) -> Inputs:
 
 BF16: Any = {"dtype": torch.bfloat16, "bound": 2.0**-6}
 FLOAT: Any = {"bound": 2.0**-13}  # of results that are float32 or float64 for inputs of every dtype
-#: Function that returns the case of training, see ``compared``.
-train: Any = partial(
-    compared,
-    "lora_linear",
-    leaves=("x", "a", "b"),
-    arguments=partial(dict, weight=None, bias=None),
-    launchers="lora_train_shrink lora_train_backward",
-)
 
 
 def lora_cases() -> list[Case]:
     """Return the cases of the ops that serve, train and measure adapters."""
     decode, prefill, wide = (partial(lora_inputs, sizes) for sizes in (_DECODE, _PREFILL, _WIDE))
-    apply = partial(compared, "lora_apply", **BF16)
-    plan = ("lora_plan", ("lora_plan",), _plan_inputs, _plan)
+    plain_base = partial(dict, weight=None, bias=None)
+    train: Any = {"leaves": "x a b", "launches": "lora_train_shrink lora_train_backward"}
+    siblings: Any = {"arguments": _with_outputs, "launches": "lora_apply"}
+    shrink: Any = {"inputs": "x a adapter_ids", **BF16, **FLOAT}
+    expand: Any = {"inputs": "v b adapter_ids", "arguments": _with_output, "floats": "v"}
     return [
-        Case(*plan, lambda i: [i["adapter_ids"].cpu()], exact=True, read=_ids_of_plan),
-        compared("lora_segment_ids", _segments, arguments=_with_rows, exact=True),
-        compared("lora_shrink", only(decode, "x", "a", "adapter_ids"), **{**BF16, **FLOAT}),
-        compared("lora_expand_", _projected, arguments=_with_output, floats=("v",), **BF16),
-        apply(decode),
-        apply(prefill, op="lora_apply, prefill"),
-        apply(wide, op="lora_apply, large rank"),
-        siblings(sibling_inputs, **BF16),
-        train(prefill, **BF16),
-        compared("lora_dropout", only(prefill, "x"), arguments=_with_seed, **BF16),
-        compared("lora_gram", grams, **FLOAT),
-        compared("lora_pair_stats", grams, arguments=_pairs, **FLOAT),
+        Case("lora_plan", _plan_inputs, prepare=_plan, exact=True, read=_ids_of_plan),
+        Case("lora_segment_ids", _segments, arguments=_with_rows, exact=True),
+        Case("lora_shrink", decode, **shrink),
+        Case("lora_expand_", _projected, **expand, **BF16),
+        Case("lora_apply", decode, **BF16),
+        Case("lora_apply, prefill", prefill, **BF16),
+        Case("lora_apply, large rank", wide, **BF16),
+        Case("lora_apply_siblings_", sibling_inputs, **siblings, **BF16),
+        Case("lora_linear", prefill, arguments=plain_base, **train, **BF16),
+        Case("lora_dropout", prefill, "x", arguments=_with_seed, **BF16),
+        Case("lora_gram", grams, **FLOAT),
+        Case("lora_pair_stats", grams, arguments=_pairs, **FLOAT),
     ]
 
 
 # --- circuits -------------------------------------------------------------------------------------
 PARAMETERS = ("leaf", "prior", "trans")
 HMM = partial(dict, kind="hmm")
-LAYERS = ("layers_weights", "layers_forward", "layers_backward", "layers_dweights")
+FORWARD = "layers_weights layers_forward"
+BACKWARD = f"{FORWARD} layers_backward layers_dweights"
 
 
 def circuit_inputs(sizes: Any, g: torch.Generator, size: int) -> Inputs:
@@ -288,40 +279,23 @@ def circuit_inputs(sizes: Any, g: torch.Generator, size: int) -> Inputs:
     }
 
 
-def scan(make: Make, op: str = "") -> Case:
-    make, name = only(make, *PARAMETERS, "x"), "circuit_scan"
-    launchers = "circuit_leaf circuit_leaf_backward circuit_scan circuit_scan_backward"
-    return compared(name, make, PARAMETERS, HMM, launchers=launchers, op=op)
-
-
-def _sampled(given: Inputs) -> Call:
-    arguments = {name: given[name] for name in (*PARAMETERS, "uniforms")}
-
-    def call() -> list[Tensor]:
-        found = ops.circuit_sample("hmm", **arguments)
-        given["drawn"] = found.tokens
-        return [found.conditional]
-
-    return call
-
-
-def _scored(given: Inputs) -> list[Tensor]:
-    """Return the log-probabilities of the tokens that the op has drawn.
+def _sampled(of: Any, given: Inputs) -> Call:
+    """Compare the log-probabilities of the tokens that the op draws.
 
     Because of rounding the reference might draw others.
     """
     arguments = {name: given[name] for name in PARAMETERS}
-    return [reference.circuit_scan("hmm", **arguments, x=given["drawn"]).conditional]
+    if of is reference:
+        scan = partial(reference.circuit_scan, "hmm", **arguments, x=given["drawn"])
+        return lambda: [scan().conditional]
+    uniforms = given["uniforms"]
 
+    def call() -> list[Tensor]:
+        found = ops.circuit_sample("hmm", **arguments, uniforms=uniforms)
+        given["drawn"] = found.tokens
+        return [found.conditional]
 
-def samples(make: Make, op: str = "circuit_sample") -> Case:
-    make, floats = only(make, *PARAMETERS, "uniforms"), ("uniforms",)
-    return Case(op, ("circuit_sample",), make, _sampled, _scored, floats=floats, **FLOAT)
-
-
-def distributions(make: Make, op: str = "") -> Case:
-    make = only(make, *PARAMETERS, "x", "k")
-    return compared("circuit_conditional_dist", make, arguments=HMM, op=op, **FLOAT)
+    return call
 
 
 def _verify(given: Inputs) -> Inputs:
@@ -339,11 +313,6 @@ def _verify(given: Inputs) -> Inputs:
         "leaf": leaf,
         "uniforms": uniforms,
     }
-
-
-def verified(make: Make, op: str = "") -> Case:
-    make, floats = only(make, *PARAMETERS, "x", "uniforms", "target"), ("uniforms",)
-    return compared("spec_verify", make, (), _verify, op=op, floats=floats, exact=True)
 
 
 def sum_inputs(g: torch.Generator, size: int) -> Inputs:
@@ -393,9 +362,15 @@ def wide_program_inputs(g: torch.Generator, size: int) -> Inputs:
     return program_inputs(g, size, (130, 512), homogeneous=True)
 
 
-def layers(given: Inputs) -> Call:
+def layers(of: Any, given: Inputs) -> Call:
+    """Return the call of the forward of a circuit, and of the backward for its weights."""
     program = ops.Program(given["numbers"], list(given["plan"]))
     leaf, w = given["leaf"], given["w"]
+    if of is reference:
+        w = w.detach().clone().requires_grad_()
+        val = reference.circuit_layers(leaf, w, given["numbers"])
+        (dw,) = torch.autograd.grad(val[:, _roots(program)].sum(), [w])
+        return lambda: [val.detach()[:, 2:], dw]
     droots = torch.ones(len(leaf), program.plan[5], dtype=leaf.dtype, device=leaf.device)
 
     def call() -> list[Tensor]:
@@ -403,15 +378,6 @@ def layers(given: Inputs) -> Call:
         return [val[:, 2:], ops.circuit_layers_backward(droots, val, w, program)[1]]
 
     return call
-
-
-def layers_formula(given: Inputs) -> list[Tensor]:
-    leaf, numbers = given["leaf"], given["numbers"]
-    w = given["w"].detach().clone().requires_grad_()
-    val = reference.circuit_layers(leaf, w, numbers)
-    program = ops.Program(numbers, list(given["plan"]))
-    (dw,) = torch.autograd.grad(val[:, _roots(program)].sum(), [w])
-    return [val.detach()[:, 2:], dw]
 
 
 def _roots(program: ops.Program) -> list[int]:
@@ -424,20 +390,13 @@ def _roots(program: ops.Program) -> list[int]:
     return program.numbers[first : first + program.plan[5]].tolist()
 
 
-def _walk(given: Inputs) -> Call:
-    program = ops.Program(given["numbers"], list(given["plan"]))
-    # The op receives the values that the reference has computed, so that both walks start from the
-    # same values.
-    leaf, w = (given[key].cpu().double() for key in ("leaf", "w"))
-    val = reference.circuit_layers(leaf, w, program.numbers.cpu(), "none", "max")
-    val = val.to(given["leaf"])
-    return lambda: [ops.circuit_layers_walk(val, given["w"], program, given["root"])]
-
-
-def _walk_formula(given: Inputs) -> list[Tensor]:
+def _walk(of: Any, given: Inputs) -> Call:
+    # Both walks start from the values that the reference has computed.
     leaf, w, numbers = given["leaf"], given["w"], given["numbers"]
-    val = reference.circuit_layers(leaf, w, numbers, "none", "max")
-    return [reference.circuit_layers_walk(val, w, numbers, given["root"])]
+    wide = leaf.cpu().double(), w.cpu().double(), numbers.cpu()
+    val = reference.circuit_layers(*wide, "none", "max").to(leaf)
+    program = ops.Program(numbers, list(given["plan"])) if of is ops else numbers
+    return lambda: [of.circuit_layers_walk(val, w, program, given["root"])]
 
 
 def circuit_cases() -> list[Case]:
@@ -447,38 +406,43 @@ def circuit_cases() -> list[Case]:
     computes.
     """
     parts = "weights values finish ratios dvalues dweights fused".split()
-    log_sums = " ".join(f"log_sum_{part}" for part in parts)
-    sums, both = partial(compared, "log_einsum_exp", floats=("values",)), ("w", "values")
-    of_rows = "log_sum_per_row log_sum_per_row_backward"
-    of_max = partial(dict, norm="logits", semiring="max")
-    logits, tables = partial(dict, norm="logits"), "circuit_table circuit_table_backward"
     circuit = partial(circuit_inputs, ((2, 5, 40), (256, 32, 320)))
-    graph = ("leaf", "w", "numbers", "plan")
-    stages = only(wide_program_inputs, *graph)
-    walk = ("circuit_layers_walk", ("layers_walk",), program_inputs, _walk, _walk_formula)
+    parameters, graph = " ".join(PARAMETERS), "leaf w numbers plan"
+    scan: Any = {
+        "leaves": parameters,
+        "arguments": HMM,
+        "launches": "circuit_leaf circuit_leaf_backward circuit_scan circuit_scan_backward",
+    }
+    sample: Any = {"prepare": _sampled, "floats": "uniforms", **FLOAT}
+    verify: Any = {"arguments": _verify, "floats": "uniforms", "exact": True}
+    sums: Any = {"leaves": "w values", "floats": "values"}
+    log_sums = " ".join(f"log_sum_{part}" for part in parts)
+    of_rows = "log_sum_per_row log_sum_per_row_backward"
+    of_max: Any = {"arguments": partial(dict, norm="logits", semiring="max"), "floats": "values"}
+    table: Any = {"leaves": "table", "launches": "circuit_table circuit_table_backward"}
+    whole: Any = {"prepare": layers, "launches": BACKWARD}
+    walk: Any = {"prepare": _walk, "launches": "layers_walk", "exact": True}
     return [
-        scan(circuit),
-        samples(circuit),
-        distributions(circuit),
-        compared("circuit_argmax", only(circuit, *PARAMETERS), arguments=HMM),
-        verified(circuit),
-        sums(sum_inputs, both, launchers=log_sums),
-        sums(_sums_of_rows, both, launchers=of_rows, op="log_einsum_exp, of rows"),
-        sums(sum_inputs, (), of_max, launchers="log_max", op="log_einsum_exp, max"),
-        compared("circuit_table", _tables, ("table",), logits, launchers=tables),
-        Case("circuit_layers", LAYERS, only(program_inputs, *graph), layers, layers_formula),
-        Case("circuit_layers, by stages", LAYERS, stages, layers, layers_formula),
-        Case(*walk, exact=True),
+        Case("circuit_scan", circuit, f"{parameters} x", **scan),
+        Case("circuit_sample", circuit, f"{parameters} uniforms", **sample),
+        Case("circuit_conditional_dist", circuit, f"{parameters} x k", arguments=HMM, **FLOAT),
+        Case("circuit_argmax", circuit, parameters, arguments=HMM),
+        Case("spec_verify", circuit, f"{parameters} x uniforms target", **verify),
+        Case("log_einsum_exp", sum_inputs, launches=log_sums, **sums),
+        Case("log_einsum_exp, of rows", _sums_of_rows, launches=of_rows, **sums),
+        Case("log_einsum_exp, max", sum_inputs, launches="log_max", **of_max),
+        Case("circuit_table", _tables, arguments=partial(dict, norm="logits"), **table),
+        Case("circuit_layers", program_inputs, graph, **whole),
+        Case("circuit_layers, by stages", wide_program_inputs, graph, **whole),
+        Case("circuit_layers_walk", program_inputs, **walk),
     ]
 
 
 # --- losses and mixtures --------------------------------------------------------------------------
 MIXES: Any = {
     "arguments": partial(dict, eps=1e-5),
-    "launchers": "depth_mix depth_mix_backward",
+    "launches": "depth_mix depth_mix_backward",
 }
-#: Function that returns the case of a mixture of layers, see ``compared``.
-mix: Any = partial(compared, "depth_mix", leaves=("hiddens", "gammas", "weights"), **MIXES)
 
 
 def mix_inputs(sizes: Any, g: torch.Generator, size: int) -> Inputs:
@@ -503,24 +467,8 @@ def head_inputs(g: torch.Generator, size: int) -> Inputs:
     }
 
 
-def entropy(op: str = "", softcap: float | None = None) -> Case:
-    make, leaves = only(head_inputs, "hidden", "weight", "labels"), ("hidden", "weight")
-    arguments = partial(dict, bias=None, softcap=softcap)
-    launchers = "cross_entropy_update cross_entropy_finish cross_entropy_gradient"
-    return compared("chunked_cross_entropy", make, leaves, arguments, launchers=launchers, op=op)
-
-
-def divergence(
-    leaves: tuple[str, ...] = ("hidden", "weight"), op: str = "", softcap: float | None = None
-) -> Case:
-    def call(function: Any, hidden: Tensor, other: Tensor, weight: Tensor) -> Tensor:
-        return function([hidden, other], weight, None, softcap=softcap)
-
-    make, launchers = (
-        only(head_inputs, "hidden", "weight", "other"),
-        "kl_update kl_finish kl_gradient",
-    )
-    return compared("chunked_kl", make, leaves, call=call, launchers=launchers, op=op)
+def _both(function: Any, hidden: Tensor, other: Tensor, weight: Tensor, softcap: Any) -> Tensor:
+    return function([hidden, other], weight, None, softcap=softcap)
 
 
 def _heads_of_rows(g: torch.Generator, size: int) -> Inputs:
@@ -533,8 +481,25 @@ def _heads_of_rows(g: torch.Generator, size: int) -> Inputs:
     }
 
 
-def attention(make: Make, op: str = "") -> Case:
-    return compared("row_attention", make, arguments=partial(dict, causal=True), op=op)
+def loss_cases() -> list[Case]:
+    """Return the cases of mixtures of layers, losses and attention."""
+    entropy: Any = {
+        "leaves": "hidden weight",
+        "arguments": partial(dict, bias=None, softcap=None),
+        "launches": "cross_entropy_update cross_entropy_finish cross_entropy_gradient",
+    }
+    divergence: Any = {
+        "leaves": "hidden",
+        "arguments": partial(dict, softcap=None),
+        "call": _both,
+        "launches": "kl_update kl_finish kl_gradient",
+    }
+    return [
+        Case("depth_mix", mixes, leaves="hiddens gammas weights", **MIXES),
+        Case("chunked_cross_entropy", head_inputs, "hidden weight labels", **entropy),
+        Case("chunked_kl", head_inputs, "hidden weight other", **divergence),
+        Case("row_attention", _heads_of_rows, arguments=partial(dict, causal=True)),
+    ]
 
 
 # --- packed weights -------------------------------------------------------------------------------
@@ -544,25 +509,24 @@ def _packed_inputs(rows: int, bits: int, minimum: bool, g: torch.Generator, size
     return {**given, "packed": reference.pack_weight(randn(g, out, width), bits, 64, minimum)}
 
 
-def _with_outputs(given: Inputs) -> Inputs:
+def _with_size(given: Inputs) -> Inputs:
     return {**given, "out_features": len(given["bias"])}
 
 
 def packed(rows: int, bits: int, minimum: bool = False) -> Case:
     """Return the case that multiplies ``rows`` rows by a weight packed to 8 or 4 bits."""
-    make = partial(_packed_inputs, rows, bits, minimum)
     op = f"packed_linear, {bits} bits{' and a minimum' * minimum}, {rows} rows"
-    return compared("packed_linear", make, (), _with_outputs, op=op)
+    return Case(op, partial(_packed_inputs, rows, bits, minimum), arguments=_with_size)
+
+
+def _weights(g: torch.Generator, size: int) -> Inputs:
+    return {"weight": randn(g, *((40, 640), (4096, 4096))[size])}
 
 
 def packing(bits: int) -> Case:
     """Return the case that rounds a weight to 8 or 4 bits."""
-
-    def make(g: torch.Generator, size: int) -> Inputs:
-        return {"weight": randn(g, *((40, 640), (4096, 4096))[size])}
-
-    arguments, op = partial(dict, bits=bits), f"pack_weight, {bits} bits"
-    return compared("pack_weight", make, (), arguments, op=op, exact=True, timed=False)
+    how: Any = {"arguments": partial(dict, bits=bits), "exact": True, "timed": False}
+    return Case(f"pack_weight, {bits} bits", _weights, **how)
 
 
 def unpacking(bits: int, dtype: torch.dtype = torch.float32) -> Case:
@@ -573,9 +537,9 @@ def unpacking(bits: int, dtype: torch.dtype = torch.float32) -> Case:
         wide = {"out_features": panels * 32, "in_features": groups * 64}
         return {**given, **wide, "dtype": dtype}
 
-    make, exact = only(partial(_packed_inputs, 1, bits, False), "packed"), dtype != torch.float32
+    make, exact = partial(_packed_inputs, 1, bits, False), dtype != torch.float32
     op = f"unpack_weight, {bits} bits{f', {str(dtype)[6:]}' * exact}"
-    return compared("unpack_weight", make, (), sizes, op=op, exact=exact)
+    return Case(op, make, "packed", arguments=sizes, exact=exact)
 
 
 def all_cases() -> list[Case]:
@@ -583,10 +547,7 @@ def all_cases() -> list[Case]:
     return [
         *lora_cases(),
         *circuit_cases(),
-        mix(mixes),
-        entropy(),
-        divergence(("hidden",)),
-        attention(_heads_of_rows),
+        *loss_cases(),
         *(packed(rows, bits) for rows in (1, 64) for bits in (8, 4)),
         *(each(bits) for each in (packing, unpacking) for bits in (8, 4)),
     ]

@@ -191,8 +191,8 @@ def _inputs(case: Case, size: int, device: torch.device) -> dict[str, Any]:
         return t.to(device, case.dtype if t.is_floating_point() else None)
 
     made = case.make(torch.Generator().manual_seed(0), size)
-    given = convert(made, move)
-    return {**given, **{name: given[name].float() for name in case.floats}}
+    given = convert({name: made[name] for name in case.inputs.split() or made}, move)
+    return {**given, **{name: given[name].float() for name in case.floats.split()}}
 
 
 def _entry(step: str, case: Case) -> dict[str, Any]:
@@ -200,7 +200,7 @@ def _entry(step: str, case: Case) -> dict[str, Any]:
     if step == "time":
         return {"op": case.op, "us": None, "floor_us": None}
     bound = 0 if case.exact else case.bound
-    found = {"op": case.op, "launchers": list(case.launchers), "bound": bound}
+    found = {"op": case.op, "launchers": case.launchers, "bound": bound}
     return {**found, "ok": False, "error": None}
 
 

@@ -7,13 +7,12 @@ compares the launched instances with ``kernels.lock``.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from lora_ext import ops, reference
 from lora_ext.circuits import Categorical, RegionGraph
@@ -29,13 +28,17 @@ PAGE = 8  # ranks per page of a pool
 def all_cases() -> list[Case]:
     """Return the timed cases, followed by cases that are only checked."""
     timed = cases.all_cases()
-    return [*timed, *(replace(case, timed=False) for case in [*_dtypes(timed), *_paths()])]
+    more = [*_dtypes(timed), *_paths({case.op: case for case in timed})]
+    return [*timed, *(replace(case, timed=False) for case in more)]
+
+
+def _varied(case: Case, note: str, **changes: Any) -> Case:
+    return replace(case, op=case.op + note, **changes)
 
 
 def _in(case: Case, dtype: torch.dtype) -> Case:
-    name = str(dtype).removeprefix("torch.")
     bound = _BOUNDS[dtype] if case.bound in _BOUNDS.values() else case.bound
-    return replace(case, op=f"{case.op}, {name}", dtype=dtype, bound=bound)
+    return _varied(case, f", {str(dtype).removeprefix('torch.')}", dtype=dtype, bound=bound)
 
 
 def _dtypes(timed: list[Case]) -> list[Case]:
@@ -50,13 +53,16 @@ def _dtypes(timed: list[Case]) -> list[Case]:
     ]
 
 
-def _paths() -> list[Case]:
-    """Return cases of kernels that no timed case launches, in every dtype."""
-    variants = [*_lora_paths(), *_circuit_paths(), *_other_paths()]
+def _paths(known: Mapping[str, Case]) -> list[Case]:
+    """Return cases of kernels that no timed case launches, in every dtype.
+
+    Most of them are timed cases, which ``known`` contains by name, with other inputs.
+    """
+    variants = [*_lora_paths(known), *_circuit_paths(known), *_other_paths(known)]
     return [
         *(_in(case, dtype) for case in variants for dtype in _BOUNDS),
         *(cases.unpacking(bits, half) for bits in (8, 4) for half in (torch.bfloat16, torch.half)),
-        *_gram_paths(),
+        *_gram_paths(known),
         *_layers_paths(),
     ]
 
@@ -129,27 +135,27 @@ def _weighted(make: Callable[..., Inputs]) -> Callable[..., Inputs]:
     return weighted
 
 
-def _lora_paths() -> list[Case]:
-    apply = partial(cases.compared, "lora_apply")
-    shrink: Any = partial(cases.compared, "lora_shrink", **cases.FLOAT)
-    weights: Any = {"floats": ("weights",)}
-    train, leaves = _weighted(_sized(300, 72, 48, 16, 3)), ("x", "a", "b", "weights")
+def _lora_paths(known: Mapping[str, Case]) -> list[Case]:
+    names = ("lora_apply", "lora_shrink", "lora_linear", "lora_apply_siblings_")
+    apply, shrink, train, siblings = (known[name] for name in names)
+    made = [
+        *((apply, f", {name}", _sized(*sizes)) for name, sizes in _APPLY.items()),
+        *((shrink, f", {name}", _sized(*sizes)) for name, sizes in _SHRINK.items()),
+        *((train, f", {name}", _sized(*sizes)) for name, sizes in _TRAIN.items()),
+    ]
+    of_train = {"leaves": "x a b weights"}
+    weighted = [
+        *((apply, f", {name}", _sized(*sizes), {}) for name, sizes in _WEIGHTED.items()),
+        (siblings, "", cases.sibling_inputs, {}),
+        (train, "", _sized(300, 72, 48, 16, 3), of_train),
+    ]
     return [
-        *(apply(_sized(*sizes), op=f"lora_apply, {name}") for name, sizes in _APPLY.items()),
-        apply(_paged, op="lora_apply, pages", floats=("scale",)),
+        *(_varied(case, note, make=make) for case, note, make in made),
+        _varied(apply, ", pages", make=_paged, floats="scale"),
         *(
-            shrink(cases.only(_sized(*sizes), "x", "a", "adapter_ids"), op=f"lora_shrink, {name}")
-            for name, sizes in _SHRINK.items()
+            _varied(case, f" with weights{note}", make=_weighted(make), floats="weights", **more)
+            for case, note, make, more in weighted
         ),
-        *(
-            apply(_weighted(_sized(*sizes)), op=f"lora_apply with weights, {name}", **weights)
-            for name, sizes in _WEIGHTED.items()
-        ),
-        cases.siblings(
-            _weighted(cases.sibling_inputs), op="lora_apply_siblings_ with weights", **weights
-        ),
-        cases.train(train, leaves=leaves, op="lora_linear with weights", **weights),
-        *(cases.train(_sized(*sizes), op=f"lora_linear, {name}") for name, sizes in _TRAIN.items()),
     ]
 
 
@@ -158,29 +164,21 @@ def _lora_paths() -> list[Case]:
 _PRECISIONS = {"high": 2.0**-13, "fp16s": 2.0**-10}
 
 
-def _precise(precision: str) -> Callable[..., Tensor]:
-    def call(function: Any, w: Tensor, values: Tensor) -> Tensor:
-        extra = (precision,) if function is ops.log_einsum_exp else ()
-        return function(w, values, "logits", "sum", *extra)
-
-    return call
-
-
-def _circuit_paths() -> list[Case]:
+def _circuit_paths(known: Mapping[str, Case]) -> list[Case]:
     # (rows, states, words): more states than a warp walks, more words than a warp reads, and more
     # words than one block verifies.
     sizes = ((2, 40, 24), (1, 12, 4100), (1, 2, 4096))
     states, long, words = (partial(cases.circuit_inputs, (each,)) for each in sizes)
-    sums = partial(cases.compared, "log_einsum_exp", cases.sum_inputs, launchers="log_sum_fused")
+    sums = Case("log_einsum_exp", cases.sum_inputs, launches="log_sum_fused", floats="values")
     return [
-        cases.scan(states, "circuit_scan, 40 states"),
-        cases.samples(states, "circuit_sample, 40 states"),
-        cases.samples(long, "circuit_sample, 4100 words"),
-        cases.distributions(states, "circuit_conditional_dist, 40 states"),
-        cases.verified(words, "spec_verify, by a grid"),
+        _varied(known["circuit_scan"], ", 40 states", make=states),
+        _varied(known["circuit_sample"], ", 40 states", make=states),
+        _varied(known["circuit_sample"], ", 4100 words", make=long),
+        _varied(known["circuit_conditional_dist"], ", 40 states", make=states),
+        _varied(known["spec_verify"], ", by a grid", make=words),
         *(
-            sums(call=_precise(p), op=f"log_einsum_exp, {p}", floats=("values",), bound=bound)
-            for p, bound in _PRECISIONS.items()
+            _varied(sums, f", {precision}", of_op={"precision": precision}, bound=bound)
+            for precision, bound in _PRECISIONS.items()
         ),
     ]
 
@@ -190,56 +188,41 @@ def _tree(variables: int, rows: int, g: torch.Generator, size: int) -> Inputs:
     return cases.graph_inputs(g, RegionGraph.btree(variables, 130, Categorical(2)), rows)
 
 
-def _layers_in(precision: str, semiring: str = "sum") -> Callable[[Inputs], Call]:
-    def ready(given: Inputs) -> Call:
-        program = ops.Program(given["numbers"], list(given["plan"]))
-        rest = program, "logits", semiring, precision
-        return lambda: [ops.circuit_layers(given["leaf"], given["w"], *rest)[:, 2:]]
-
-    return ready
-
-
-def _layers_formula(semiring: str) -> Callable[[Inputs], list[Tensor]]:
-    def formula(given: Inputs) -> list[Tensor]:
-        leaf, w, numbers = given["leaf"], given["w"], given["numbers"]
-        return [reference.circuit_layers(leaf, w, numbers, "logits", semiring)[:, 2:]]
-
-    return formula
+def _layers_in(precision: str, semiring: str, of: Any, given: Inputs) -> Call:
+    leaf, w = given["leaf"], given["w"]
+    how: Any = given["numbers"], "logits", semiring
+    if of is ops:
+        how = ops.Program(how[0], list(given["plan"])), *how[1:], precision
+    return lambda: [of.circuit_layers(leaf, w, *how)[:, 2:]]
 
 
 def _layers_paths() -> list[Case]:
     """Return cases of whole circuits, whose numbers are always float32."""
-    forward = cases.LAYERS[:2]
     trees = {"tree": partial(_tree, 4, 3), "wide tree": partial(_tree, 64, 130)}
     chosen = {"by stages": cases.wide_program_inputs, **trees}
+    # Gradients of weights are differences of sums over rows, which are nearly equal.
+    whole: Any = {"prepare": cases.layers, "launches": cases.BACKWARD, "bound": 1e-3}
+    forward = partial(Case, launches=cases.FORWARD)
+    of_max = partial(_layers_in, "fp32", "max")
     return [
+        *(Case(f"circuit_layers, {name}", make, **whole) for name, make in trees.items()),
         *(
-            # Gradients of weights are differences of sums over rows, which are nearly equal.
-            Case(
-                *(f"circuit_layers, {name}", cases.LAYERS, make),
-                *(cases.layers, cases.layers_formula),
-                bound=1e-3,
-            )
-            for name, make in trees.items()
-        ),
-        *(
-            Case(
-                *(f"circuit_layers, {name}, {precision}", forward, make),
-                *(_layers_in(precision), _layers_formula("sum"), torch.float32, bound),
+            forward(
+                f"circuit_layers, {name}, {precision}",
+                make,
+                prepare=partial(_layers_in, precision, "sum"),
+                bound=bound,
             )
             for name, make in chosen.items()
             for precision, bound in _PRECISIONS.items()
         ),
-        Case(
-            *("circuit_layers, max", forward, cases.program_inputs),
-            *(_layers_in("fp32", "max"), _layers_formula("max")),
-        ),
+        forward("circuit_layers, max", cases.program_inputs, prepare=of_max),
     ]
 
 
 # --- losses and mixtures --------------------------------------------------------------------------
 def _routed_mixes(g: torch.Generator, size: int) -> Inputs:
-    given = cases.only(cases.mixes, "hiddens", "gammas")(g, size)
+    given = cases.mixes(g, size)
     return {**given, "router": cases.randn(g, 3, 40) / 6, "bias": cases.randn(g, 3)}
 
 
@@ -255,32 +238,33 @@ def _wide_heads(g: torch.Generator, size: int) -> Inputs:
     return {**given, "mask": torch.rand(2, 5, 5, generator=g) < 0.9}
 
 
-def _gram_paths() -> list[Case]:
+def _gram_paths(known: Mapping[str, Case]) -> list[Case]:
     """Return the cases of Gram matrices in float64, of factors of every dtype."""
-    wide = partial(dict, dtype=torch.float64)
-    how: Any = {"arguments": wide, "op": "lora_gram in float64", "bound": 1e-10}
-    grams = cases.compared("lora_gram", cases.grams, **how)
-    stats = next(case for case in cases.lora_cases() if case.op == "lora_pair_stats")
+    wide: Any = {"arguments": partial(dict, dtype=torch.float64), "bound": 1e-10}
+    grams = _varied(known["lora_gram"], " in float64", **wide)
     return [
         *(_in(grams, dtype) for dtype in (*_BOUNDS, torch.float64)),
-        replace(_in(stats, torch.float64), bound=1e-10),
+        replace(_in(known["lora_pair_stats"], torch.float64), bound=1e-10),
     ]
 
 
-def _other_paths() -> list[Case]:
-    odd, wide = partial(cases.mix_inputs, ((5, 37),)), {"arguments": _wide_norms}
-    leaves, name = ("hiddens", "gammas", "router"), "depth_mix_routed"
-    routed: Any = partial(cases.compared, name, _routed_mixes, leaves, **cases.MIXES)
+def _other_paths(known: Mapping[str, Case]) -> list[Case]:
+    mix, odd = known["depth_mix"], partial(cases.mix_inputs, ((5, 37),))
+    entropy, divergence = known["chunked_cross_entropy"], known["chunked_kl"]
+    leaves, inputs = "hiddens gammas router", "hiddens gammas router bias"
+    routed = Case("depth_mix_routed", _routed_mixes, inputs, leaves, **cases.MIXES)
+    wide: Any = {"arguments": _wide_norms}
+    capped: Any = {"arguments": partial(dict, softcap=3.0), "leaves": "hidden weight"}
     return [
-        cases.mix(odd, op="depth_mix, odd width"),
-        routed(),
-        cases.mix(cases.mixes, op="depth_mix, float32 norms", **wide),
-        cases.mix(odd, op="depth_mix, odd width, float32 norms", **wide),
-        routed(op="depth_mix_routed, float32 norms", **wide),
-        cases.entropy("chunked_cross_entropy, capped", 3.0),
-        cases.divergence(op="chunked_kl, weight"),
-        cases.divergence(op="chunked_kl, capped", softcap=3.0),
-        cases.attention(_wide_heads, "row_attention, 96 columns"),
+        _varied(mix, ", odd width", make=odd),
+        routed,
+        _varied(mix, ", float32 norms", **wide),
+        _varied(mix, ", odd width, float32 norms", make=odd, **wide),
+        _varied(routed, ", float32 norms", **wide),
+        _varied(entropy, ", capped", arguments=partial(dict, bias=None, softcap=3.0)),
+        _varied(divergence, ", weight", leaves="hidden weight"),
+        _varied(divergence, ", capped", **capped),
+        _varied(known["row_attention"], ", 96 columns", make=_wide_heads),
         *(cases.packed(rows, bits) for rows in (12, 20) for bits in (8, 4)),
         *(cases.packed(rows, 4, minimum=True) for rows in (1, 12, 20, 64)),
     ]

@@ -6,9 +6,10 @@ r rank, I inputs and O outputs of a module.
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, NamedTuple
 
@@ -18,8 +19,8 @@ from torch import Tensor
 from lora_ext._checks import number, require
 from lora_ext.adapter import PREFIX, TooLarge, able_to_learn, norm_of, padded, rounded, truncated
 
-from ._plan import PATTERN, Pair, layer_pairs
-from ._update import Client, NanPolicy, RankAgg, Reply, Rules, Settings, Update, Upload, accept
+from ._plan import PATTERN, Client, Pair, layer_pairs
+from ._update import NanPolicy, RankAgg, Reply, Rules, Settings, Update, Upload, accept, checked
 
 WHERE = "aggregate"
 
@@ -149,25 +150,39 @@ def average(rules: Rules, updates: Iterable[Update]) -> Aggregate:
     for key in settings.shared:
         require(key in state, WHERE, "shared", "names of tensors of the state", repr(key))
     scales = _scales(settings.scaling, rules.pairs)
-    replies, rejected, clipped = accept(updates, rules)
+    replies, rejected = accept(updates, functools.partial(checked, rules=rules))
     accepted = tuple(reply.client for reply in replies)
     trained = {rules.layers[key] for reply in replies for key in reply.tensors if key in rules.axes}
     uncovered = tuple(sorted(set(rules.layers.values()) - trained))
+    clipped = {reply.client: reply.factor for reply in replies if reply.factor != 1}
     result = Aggregate(dict(state), accepted, rejected, uncovered, clipped=clipped)
-    if len(replies) < settings.min_replies:
-        few = f"replies: expected at least {settings.min_replies}, found {len(replies)}"
-        return replace(result, skipped=True, reason=few)
-    round_ = _Round(rules, replies)
-    try:
+
+    def mean() -> Aggregate:
+        round_ = _Round(rules, replies)
         for pair in rules.pairs:
             round_.add(pair, scales[pair.module])
         for key in settings.shared:
             if parts := round_.parts(key):
                 round_.write(key, _mean(parts))
+        new = {**result.state, **round_.new}
+        return replace(result, state=new, noise=round_.noise(), stacked=round_.stacked)
+
+    return unless_skipped(result, settings.min_replies, mean)
+
+
+def unless_skipped(result: Aggregate, least: int, mean: Callable[[], Aggregate]) -> Aggregate:
+    """Return ``mean()``, or ``result`` as a skipped round.
+
+    A round is skipped if it has less than ``least`` accepted replies, or if a value is too large.
+    """
+    found = len(result.accepted)
+    if found < least:
+        few = f"replies: expected at least {least}, found {found}"
+        return replace(result, skipped=True, reason=few)
+    try:
+        return mean()
     except TooLarge as error:
         return replace(result, skipped=True, reason=str(error))
-    new = {**result.state, **round_.new}
-    return replace(result, state=new, noise=round_.noise(), stacked=round_.stacked)
 
 
 class _Round:

@@ -8,7 +8,9 @@ each module. The server divides the sum of the layers by the sum of the weights.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Literal
 
 import torch
@@ -17,8 +19,9 @@ from torch import Tensor
 from lora_ext._checks import number, renamed, require
 from lora_ext.adapter import rounded
 
+from ._aggregation import Aggregate, unless_skipped
 from ._plan import PATTERN, Pair, layer_pairs
-from ._update import Rules, Settings, Update, Upload, accept
+from ._update import Rules, Settings, Update, Upload, accept, checked, need, weight_of
 
 
 @torch.no_grad()
@@ -50,7 +53,7 @@ def masked_payload(
     with renamed("masked_payload"):
         settings = Settings(upload=upload, weighted_by=weighted_by, max_update_norm=max_update_norm)
     rules = Rules(state, pairs, settings)
-    replies, rejected, _ = accept([update], rules)
+    replies, rejected = accept([update], functools.partial(checked, rules=rules))
     if not replies:
         raise ValueError(f"masked_payload: {rejected[update.client]}")
     (reply,) = replies
@@ -67,14 +70,14 @@ def masked_payload(
                 share.narrow(axis, 0, rank).copy_(reply.weight * change)
                 weights[:rank] = reply.weight
             found[key] = share.to(_wide(state[key]))
-        found[weights_key(pair)] = weights.to(_wide(state[pair.a]))
+        found[_weights_key(pair)] = weights.to(_wide(state[pair.a]))
     return found
 
 
 def masked_shapes(pairs: Sequence[Pair], state: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
     """Return the names and shapes of :func:`masked_payload`, which are the same for every plan."""
     shapes = {key: tuple(state[key].shape) for p in pairs for key in (p.a, p.b)}
-    return shapes | {weights_key(p): (state[p.a].shape[0],) for p in pairs}
+    return shapes | {_weights_key(p): (state[p.a].shape[0],) for p in pairs}
 
 
 @torch.no_grad()
@@ -113,12 +116,12 @@ def aggregate_masked(
         found = f"NaN or inf in {value.dtype}" if value.is_floating_point() else value.dtype
         require(fits, where, key, "finite floating-point values", found)
     for pair in pairs:
-        least = min(sums[weights_key(pair)].tolist(), default=0)
+        least = min(sums[_weights_key(pair)].tolist(), default=0)
         require(least >= 0, where, pair.module, "weights of at least 0", least)
-    return divided(pairs, state, sums, server_lr)
+    return _divided(pairs, state, sums, server_lr)
 
 
-def divided(
+def _divided(
     pairs: Sequence[Pair],
     state: Mapping[str, Tensor],
     sums: Mapping[str, Tensor],
@@ -127,7 +130,7 @@ def divided(
     """Compute :func:`aggregate_masked` from checked sums; raise if a value overflows."""
     result = dict(state)
     for pair in pairs:
-        weights = sums[weights_key(pair)].to("cpu", torch.float64)
+        weights = sums[_weights_key(pair)].to("cpu", torch.float64)
         trained = weights > 0
         if not bool(trained.any()):
             continue
@@ -143,10 +146,60 @@ def divided(
     return result
 
 
+@torch.no_grad()
+def average_masked(rules: Rules, updates: Sequence[Update]) -> Aggregate:
+    """Return the "covered" mean of replies from :func:`masked_payload`.
+
+    A reply is rejected if a value is not finite, or if its weights do not match its plan and its
+    number of examples. Sums are computed in float64, with the clients in sorted order.
+    """
+    state, pairs, settings = rules.state, rules.pairs, rules.settings
+    shapes = masked_shapes(pairs, state)
+    check = functools.partial(_checked_sums, rules=rules, shapes=shapes)
+    found, rejected = accept(updates, check)
+    trained = {layer for update in found for layer in update.plan.layers}
+    uncovered = tuple(sorted({pair.layer for pair in pairs} - trained))
+    clients = tuple(update.client for update in found)
+    result = Aggregate(dict(state), clients, rejected, uncovered)
+
+    def mean() -> Aggregate:
+        sums = {key: torch.zeros(shape, dtype=torch.float64) for key, shape in shapes.items()}
+        for update in found:
+            for key, total in sums.items():
+                total += update.tensors[key].double()
+        return replace(result, state=_divided(pairs, state, sums, settings.server_lr))
+
+    return unless_skipped(result, settings.min_replies, mean)
+
+
+def _checked_sums(update: Update, rules: Rules, shapes: Mapping[str, tuple[int, ...]]) -> Update:
+    weight = 1.0
+    if rules.settings.weighted_by is not None:
+        weight = weight_of(update.num_examples)
+    for key in shapes:
+        need(key in update.tensors, key, "a tensor from every client", "none")
+        count = int((~update.tensors[key].isfinite()).sum())
+        need(count == 0, key, "finite values", f"{count} that are not finite")
+    for pair in rules.pairs:
+        full = shapes[pair.a][0]
+        planned = pair.layer in update.plan.layers
+        rank = update.plan.rank_of(pair.layer, full) if planned else 0
+        key = _weights_key(pair)
+        weights = torch.zeros_like(update.tensors[key])
+        weights[:rank] = weight
+        found = update.tensors[key]
+        expected = f"{weight:g} for {rank} ranks, and zeros for the others"
+        need(torch.equal(found, weights), key, expected, found.tolist())
+        for axis, key in enumerate((pair.a, pair.b)):
+            beyond = int(update.tensors[key].narrow(axis, rank, full - rank).count_nonzero())
+            need(beyond == 0, key, f"zeros beyond rank {rank}", f"{beyond} other values")
+    return update
+
+
 def _wide(value: Tensor) -> torch.dtype:
     return torch.promote_types(value.dtype, torch.float32)
 
 
-def weights_key(pair: Pair) -> str:
+def _weights_key(pair: Pair) -> str:
     """Return the name of the tensor with the weights of a module's ranks."""
     return f"{pair.module}.rank_weights"

@@ -8,9 +8,9 @@ from __future__ import annotations
 import functools
 import math
 import numbers
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 import torch
@@ -20,6 +20,7 @@ from lora_ext._checks import check_fields, choice, require, within
 
 from ._plan import PATTERN, Client, LayerPlan, Pair
 
+T = TypeVar("T")
 RankAgg = Literal["covered", "zero_pad", "fro", "svd", "stack"]
 Upload = Literal["delta", "value"]
 NanPolicy = Literal["drop_client", "drop_tensor", "raise"]
@@ -141,56 +142,46 @@ def need(holds: bool, name: str, expected: object, found: object) -> None:
         raise Rejected(f"{name:.200}: expected {expected}, found {found!s:.200}")
 
 
-def by_client(updates: Iterable[Update]) -> dict[Client, list[Update]]:
-    """Group replies by client, sorted by client; raise TypeError unless each is an
-    :class:`Update`."""
-    found: dict[Client, list[Update]] = {}
-    for update in updates:
-        kind = type(update).__name__
-        known = isinstance(update, Update)
-        require(known, "aggregate", "updates", "Update values", kind, TypeError)
-        found.setdefault(update.client, []).append(update)
-    # Integers are sorted before strings, since Python cannot compare the two types.
-    return {
-        c: found[c] for c in sorted(found, key=lambda client: (isinstance(client, str), client))
-    }
-
-
-def only(updates: Sequence[Update]) -> Update:
-    """Return the first reply of a client; raise :class:`Rejected` unless all its replies are
-    equal."""
-    first, *others = updates
-    once = all(_same(first, other) for other in others)
-    need(once, "reply", "one reply, or several equal ones", "two that differ")
-    return first
-
-
 def accept(
-    updates: Iterable[Update], rules: Rules
-) -> tuple[list[Reply], dict[Client, str], dict[Client, float]]:
+    updates: Iterable[Update], check: Callable[[Update], T]
+) -> tuple[list[T], dict[Client, str]]:
     """Check the replies of a round.
 
+    Args:
+        updates: replies. The replies of one client must be bitwise equal, and count once.
+        check: function that returns the checked reply, or raises :class:`Rejected`.
+
     Returns:
-        the accepted replies, sorted by client; the reason of each rejection by client; and, by
-        client, the factor below 1 of each update that was scaled down.
+        the checked replies, sorted by client, and the reason of each rejection by client.
 
     Raises:
         ValueError: If a value is not finite and ``nan_policy="raise"``.
         TypeError: If an element of ``updates`` is not an :class:`Update`.
     """
-    replies: list[Reply] = []
+    by_client: dict[Client, list[Update]] = {}
+    for update in updates:
+        kind = type(update).__name__
+        known = isinstance(update, Update)
+        require(known, "aggregate", "updates", "Update values", kind, TypeError)
+        by_client.setdefault(update.client, []).append(update)
+    replies: list[T] = []
     reasons: dict[Client, str] = {}
-    for client, own in by_client(updates).items():
+    # Integers are sorted before strings, since Python cannot compare the two types.
+    for client in sorted(by_client, key=lambda client: (isinstance(client, str), client)):
+        first, *others = by_client[client]
         try:
-            replies.append(_accepted(only(own), rules))
+            once = all(_same(first, other) for other in others)
+            need(once, "reply", "one reply, or several equal ones", "two that differ")
+            replies.append(check(first))
         except Rejected as error:
             reasons[client] = f"client {client}: {error}"
             if isinstance(error, _EndsRound):
                 raise ValueError(f"aggregate: {reasons[client]}") from None
-    return replies, reasons, {r.client: r.factor for r in replies if r.factor != 1}
+    return replies, reasons
 
 
-def _accepted(update: Update, rules: Rules) -> Reply:
+def checked(update: Update, rules: Rules) -> Reply:
+    """Return a reply that can be averaged; raise :class:`Rejected` if it cannot."""
     need(not update.failed, "reply", "a trained update", "one marked as failed")
     plan: Any = update.plan
     need(isinstance(plan, LayerPlan), "plan", "a LayerPlan", type(plan).__name__)
@@ -199,7 +190,7 @@ def _accepted(update: Update, rules: Rules) -> Reply:
         need(layer in known, "plan.layers", f"layers among {known}", layer)
     partial_ok = rules.settings.partial_ok
     weight = weight_of(update.num_examples)
-    tensors = _checked(update.tensors, plan, rules)
+    tensors = _named(update.tensors, plan, rules)
     for pair in rules.pairs:
         present = [key for key in (pair.a, pair.b) if key in tensors]
         for key in (pair.a, pair.b):
@@ -232,7 +223,7 @@ def weight_of(examples: Any) -> float:
     return found
 
 
-def _checked(tensors: Any, plan: LayerPlan, rules: Rules) -> dict[str, Tensor]:
+def _named(tensors: Any, plan: LayerPlan, rules: Rules) -> dict[str, Tensor]:
     """Check names, dtypes and shapes of a reply's tensors, without reading values, and return the
     tensors in the order of the global state."""
     need(isinstance(tensors, Mapping), "tensors", "a mapping", type(tensors).__name__)

@@ -8,8 +8,7 @@ Names that are not in ``__all__`` are for other subpackages.
 
 from lora_ext.serving import QueueFullError
 
-from ._data import Datum, Result
-from ._losses import LOSSES
+from ._data import LOSSES, Datum, Result
 from ._sampler import Sample, Sampler
 from ._scheduler import settle
 from .service import Service, Tenant

@@ -16,9 +16,8 @@ from lora_ext._checks import require
 from lora_ext.layers import LoraLayer, recomputed, rows_per_chunk, softcap_of
 from lora_ext.rows import adapters, layer_names
 
-from ._data import Checked, Result
+from ._data import LOSSES, Checked, Result
 from ._live import LiveAdapter
-from ._losses import LOSSES
 
 #: Description, in error messages, of the model that a service needs. Sequences are padded at the
 #: end without a mask, so the logits of a token must not depend on later tokens.
@@ -304,24 +303,16 @@ def _copied(
 ) -> tuple[list[Tensor], bool]:
     """Copy gradients, which may be views of the stacked gradients of several adapters.
 
-    Returns the copies and whether all values are finite. The copies are views of one tensor per
-    device, so that one operation can check all of them.
+    Returns the copies, in float32 or wider, and whether all values are finite.
     """
-    by_device: dict[torch.device, list[int]] = {}
-    for i, parameter in enumerate(parameters):
-        by_device.setdefault(parameter.device, []).append(i)
-    own: list[Any] = [None] * len(parameters)
-    finite = True
-    for device, places in by_device.items():
-        wide = torch.promote_types(parameters[places[0]].dtype, torch.float32)
-        sizes = [parameters[i].numel() for i in places]
-        piece = torch.empty(sum(sizes), dtype=wide, device=device)
-        for i, part in zip(places, piece.split(sizes), strict=True):
-            own[i], gradient = part.view_as(parameters[i]), gradients[i]
-            own[i].copy_(torch.zeros((), device=device) if gradient is None else gradient)
-        low, high = piece.aminmax()  # both are NaN if any value is NaN
-        finite = finite and bool(low.isfinite() & high.isfinite())
-    return own, finite
+    own: list[Tensor] = []
+    for parameter, gradient in zip(parameters, gradients, strict=True):
+        wide = torch.promote_types(parameter.dtype, torch.float32)
+        own.append(torch.zeros_like(parameter, dtype=wide, requires_grad=False))
+        if gradient is not None:
+            own[-1].copy_(gradient)
+    largest = torch.nn.utils.get_total_norm(own, math.inf)  # NaN if any value is NaN
+    return own, bool(largest.isfinite())
 
 
 def _not_finite(what: str, found: object) -> ValueError:

@@ -1,18 +1,19 @@
-"""Trainable adapter of a tenant inside the model: factors, gradients and optimizer."""
+"""Trainable adapter of a tenant inside the model, and its AdamW."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import math
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from lora_ext._checks import number, require
 from lora_ext.adapter import LoraAdapter, live_adapter
 from lora_ext.layers import LoraConfig, LoraLayer, adapted_layers, adapter_parameters, wrap
 
-from ._optimizer import Optimizer
-
+MOMENTS = ("exp_avg", "exp_avg_sq")
 Targets = str | Iterable[str] | None
 
 
@@ -81,3 +82,104 @@ class LiveAdapter:
         """Remove the adapter from the model."""
         for layer in self.layers.values():
             layer.delete_adapter(self.name)
+
+
+def checked_settings(
+    lr: Any, betas: Any, eps: Any, weight_decay: Any, max_grad_norm: Any
+) -> dict[str, Any]:
+    """Return the arguments of ``optim_step``; raise ValueError if one is invalid."""
+    where = "optim_step"
+    pair = isinstance(betas, tuple | list) and len(betas) == 2
+    require(pair, where, "betas", "two numbers in [0, 1)", repr(betas))
+    norm = max_grad_norm
+    return {
+        "lr": float(number(where, "lr", lr, 0)),
+        "betas": tuple(number(where, "betas", beta, 0, below=1) for beta in betas),
+        # With eps = 0, the first step would divide 0 by 0: B is initially 0, so the gradient of A
+        # is 0.
+        "eps": float(number(where, "eps", eps, above=0)),
+        "weight_decay": float(number(where, "weight_decay", weight_decay, 0)),
+        "max_norm": math.inf if norm is None else number(where, "max_grad_norm", norm, above=0),
+    }
+
+
+class Optimizer:
+    """Torch's AdamW for the factors of one adapter.
+
+    For 16-bit factors, AdamW updates float32 copies, which are rounded to the factors after each
+    step. Otherwise, updates below the precision of the 16-bit dtype would be lost.
+    """
+
+    def __init__(self, parameters: Mapping[str, nn.Parameter]):
+        self._parameters = dict(parameters)
+        wide = (torch.float32, torch.float64)
+        self._trained = {
+            name: p if p.dtype in wide else nn.Parameter(p.detach().float())
+            for name, p in parameters.items()
+        }
+        self._adamw = torch.optim.AdamW(self._trained.values(), fused=True)
+
+    def step(self, gradients: list[Tensor] | None, max_norm: float, **settings: Any) -> float:
+        """Clip the gradients, take a step, and return the norm of the gradients before clipping.
+
+        If ``gradients`` is None, returns 0 and changes nothing. The arguments are those of
+        :func:`checked_settings`.
+
+        Raises:
+            ValueError: If the norm is not finite. Nothing changes in this case.
+        """
+        if gradients is None:
+            return 0.0
+        norm = float(torch.nn.utils.get_total_norm(gradients))
+        expected = "a norm of the gradients that is finite in float32"
+        require(math.isfinite(norm), "optim_step", "gradients", expected, norm)
+        if max_norm < math.inf:
+            # The formula of torch.nn.utils.clip_grad_norm_.
+            factor = min(1.0, max_norm / (norm + 1e-6))
+            torch._foreach_mul_(gradients, factor)  # pyright: ignore[reportPrivateImportUsage]
+        for trained, gradient in zip(self._trained.values(), gradients, strict=True):
+            trained.grad = gradient
+        self._adamw.param_groups[0].update(settings)
+        self._adamw.step()
+        self._adamw.zero_grad()
+        self.round()
+        return norm
+
+    def round(self) -> None:
+        """Copy the trained values to the factors, rounded to their dtype."""
+        with torch.no_grad():
+            for name, parameter in self._parameters.items():
+                if self._trained[name] is not parameter:
+                    parameter.copy_(self._trained[name])
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Return the optimizer's state: tensors by the names that a checkpoint uses for them."""
+        found: dict[str, Tensor] = {}
+        for name, trained in self._trained.items():
+            if trained is not self._parameters[name]:
+                found[f"{name}:weight"] = trained.detach()
+            for key, value in self._adamw.state.get(trained, {}).items():
+                found[f"{name}:{key}"] = value
+        return found
+
+    def shapes(self) -> dict[str, torch.Size]:
+        """Return the shapes of all tensors that :meth:`tensors` may contain."""
+        found: dict[str, torch.Size] = {}
+        for name, trained in self._trained.items():
+            found |= {f"{name}:{key}": trained.shape for key in ("weight", *MOMENTS)}
+            found[f"{name}:step"] = torch.Size()
+        return found
+
+    def restore(self, tensors: Mapping[str, Tensor]) -> None:
+        """Restore a state that :meth:`tensors` returned. An empty dict resets the optimizer."""
+        with torch.no_grad():
+            for name, trained in self._trained.items():
+                trained.copy_(tensors.get(f"{name}:weight", self._parameters[name]))
+                self._adamw.state.pop(trained, None)
+                if f"{name}:step" in tensors:
+                    state = {k: tensors[f"{name}:{k}"].to(trained, copy=True) for k in MOMENTS}
+                    # The fused AdamW requires the step on the device of the weights and does not
+                    # check it.
+                    step = tensors[f"{name}:step"].to(trained.device, torch.float32, copy=True)
+                    self._adamw.state[trained] = {"step": step, **state}
+        self.round()

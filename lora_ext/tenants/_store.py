@@ -14,8 +14,7 @@ from lora_ext._checks import instance, require
 from lora_ext._files import SafetensorsFile
 from lora_ext.adapter import LoraAdapter, save_adapter
 
-from ._live import LiveAdapter
-from ._optimizer import MOMENTS, Optimizer
+from ._live import MOMENTS, LiveAdapter, Optimizer
 
 _OPTIMIZER = "optimizer.safetensors"
 _MAX_NAME_BYTES = 200  # file systems allow 255 bytes, and a checkpoint's temporary name is longer

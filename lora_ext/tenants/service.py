@@ -18,10 +18,8 @@ from lora_ext.adapter import LoraAdapter, check_base
 from lora_ext.layers import LoraConfig, LoraLayer, unwrap
 
 from ._batch import CAUSAL, BatchStep, Call
-from ._data import Datum, Result, checked_data
-from ._live import LiveAdapter, Targets
-from ._losses import checked_options
-from ._optimizer import checked_settings
+from ._data import Datum, Result, checked_data, checked_options
+from ._live import LiveAdapter, Targets, checked_settings
 from ._sampler import MAX_RANK, Sampler, SamplingModel, forget
 from ._scheduler import QUANTUM, Scheduler
 from ._store import Store
@@ -295,7 +293,7 @@ class Tenant:
         settings = checked_settings(lr, betas, eps, weight_decay, max_grad_norm)
 
         def step() -> Result:
-            norm = self.adapter.optimizer.step(self.adapter.take(), settings)
+            norm = self.adapter.optimizer.step(self.adapter.take(), **settings)
             if self._inflight is not None:
                 self._follow(self._inflight)
             return Result([], {"grad_norm:mean": norm})

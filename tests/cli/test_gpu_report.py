@@ -169,11 +169,11 @@ def test_tensor_that_a_timed_call_creates_on_the_host_is_found(
 ) -> None:
     (case,) = (case for case in _gpu_cases.all_cases() if case.op == "lora_dropout")
 
-    def ready(given: Any) -> Any:
+    def prepare(of: Any, given: Any) -> Any:
         call = case.ready(given)
         return lambda: [*call(), torch.linspace(-1, 1, 9), given["x"].clone()]
 
-    found = timed(replace(case, ready=ready), emulated, monkeypatch)
+    found = timed(replace(case, prepare=prepare), emulated, monkeypatch)
     assert found == ["linspace", "clone"]
 
 

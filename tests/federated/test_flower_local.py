@@ -30,9 +30,9 @@ from lora_ext.federated import (
     make_client_app,
     make_server_app,
 )
-from lora_ext.federated.flower import _model as model_of_apps
+from lora_ext.federated.flower import _tasks as model_of_apps
 from lora_ext.federated.flower import from_arrays, to_arrays
-from lora_ext.federated.flower._model import Model
+from lora_ext.federated.flower._tasks import Model
 
 ROOT = Path(__file__).parents[2]
 CAPABILITY = {0: 1, 1: 2, 2: 3}

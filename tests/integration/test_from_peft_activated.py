@@ -12,7 +12,7 @@ from tiny import adapted, make_model
 
 import lora_ext
 from lora_ext.interop.peft import model as taken
-from lora_ext.interop.peft._activation import activated
+from lora_ext.interop.peft._names import activated
 
 GREEDY: dict[str, Any] = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0}
 

@@ -26,7 +26,7 @@ from lora_ext.interop.vllm._constraints import (
     build_at_door,
     in_front,
 )
-from lora_ext.interop.vllm._front import register_check
+from lora_ext.interop.vllm._interface import register_check
 
 V, LENGTH = len(tokenizer()), 64
 EOS = tokenizer().eos_token_id

@@ -16,8 +16,7 @@ from torch import Tensor
 
 from lora_ext import ops, reference
 from lora_ext.interop import vllm as plugin
-from lora_ext.interop.vllm import _interface, _owners, _updates
-from lora_ext.interop.vllm import _stacks as true_ranks
+from lora_ext.interop.vllm import _interface, _slots, _updates
 from lora_ext.interop.vllm._updates import Updates, follow_activations
 
 SLOTS, RANK, IN = 3, 8, 6
@@ -198,9 +197,7 @@ def test_layer_without_adapters_calls_no_op(monkeypatch):
 def test_rows_are_grouped_once_per_step(monkeypatch):
     wrapper, x, layers = wrapper_for(TOKENS), integers(6, IN), [stacks(seed=s) for s in range(4)]
     made = []
-    monkeypatch.setattr(
-        _owners.ops, "lora_plan", lambda *args: made.append(args) or ops_plan(*args)
-    )
+    monkeypatch.setattr(_slots.ops, "lora_plan", lambda *args: made.append(args) or ops_plan(*args))
     for _ in range(2):
         for layer in layers:
             linear(wrapper, x, layer)
@@ -264,8 +261,7 @@ def test_rows_of_the_base_model_keep_every_bit_if_stacks_have_another_dtype(dtyp
 def test_captured_graph_reads_ids_and_ranks_from_their_buffers(backend, monkeypatch):
     # A captured graph must not depend on the plan or the adapters of the step at capture. It
     # therefore contains the kernels even if all rows used the base model and no adapter was loaded.
-    for module in (_owners, true_ranks):
-        monkeypatch.setattr(module, "capturing", lambda device: True)
+    monkeypatch.setattr(_slots, "capturing", lambda device: True)
     wrapper, x, (a, b) = wrapper_for((0,) * 6), integers(6, IN), stacks(ranks=(0, 0, 0))
     ids, ranks = wrapper._tokens.rows(6).ids, wrapper._stacks.of(a, 1).ranks
     assert not linear(wrapper, x, (a, b)).any()

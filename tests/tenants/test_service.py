@@ -22,7 +22,7 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from lora_ext.tenants import Datum, QueueFullError, Service, Tenant
-from lora_ext.tenants._optimizer import Optimizer, checked_settings
+from lora_ext.tenants._live import Optimizer, checked_settings
 from lora_ext.tenants._sampler import SamplingModel
 
 pytestmark = pytest.mark.hosts
@@ -392,7 +392,7 @@ def test_restored_optimizer_state_is_on_the_device_of_its_weights() -> None:
         return {"a": torch.nn.Parameter(torch.ones(3, device=device))}
 
     saved = Optimizer(parameters("cpu"))
-    saved.step([torch.ones(3)], checked_settings(1e-2, (0.9, 0.95), 1e-12, 0.0, None))
+    saved.step([torch.ones(3)], **checked_settings(1e-2, (0.9, 0.95), 1e-12, 0.0, None))
     other = Optimizer(parameters("meta"))  # not on the device of the file
     other.restore(saved.tensors())
     assert {t.device.type for t in other.tensors().values()} == {"meta"}

@@ -96,7 +96,7 @@ class SharedModules:
             supported(owner in self._called, owner, "a module that the forward calls", "no call")
 
     def _divided(self, owner: str, module: nn.Module) -> Callable[..., Any]:
-        own = _Own(module)
+        original = {module: module.forward}
         names = {bank.name.removeprefix(f"{owner}."): bank for bank in self._owners[owner]}
         dtypes = {name: module.get_parameter(name).dtype for name in names}
 
@@ -113,30 +113,17 @@ class SharedModules:
             copies = {name: bank.leaves[0].unbind() for name, bank in names.items()}
             outputs: list[Tensor] = []
             for place, part in zip(places, _parts(sizes), strict=True):
-                values = {
-                    f"module.{name}": each[place].to(dtypes[name]) for name, each in copies.items()
-                }
+                values = {name: each[place].to(dtypes[name]) for name, each in copies.items()}
                 own_args = tuple(_rows(value, part, sum(sizes)) for value in args)
                 own_kwargs = {k: _rows(value, part, sum(sizes)) for k, value in kwargs.items()}
-                output = functional_call(own, values, own_args, own_kwargs)
+                with forwards(original):
+                    output = functional_call(module, values, own_args, own_kwargs)
                 kind = type(output).__name__
                 supported(isinstance(output, Tensor), owner, "a module that returns a tensor", kind)
                 outputs.append(output)
             return torch.cat(outputs)
 
         return forward
-
-
-class _Own(nn.Module):
-    """Wrapper that calls a module's original forward."""
-
-    def __init__(self, module: nn.Module):
-        super().__init__()
-        self.module = module
-        self._forward = module.forward
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        return self._forward(*args, **kwargs)
 
 
 def _parts(sizes: Sequence[int]) -> Iterator[slice]:

@@ -1,20 +1,24 @@
-"""The task of a client in one round, which is read from a message, and the reply."""
+"""The model of a client, its task in one round, which is read from a message, and the reply."""
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-from collections.abc import Mapping
+import math
+import uuid
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, cast, get_args
 
 import numpy as np
 import torch
 from flwr.app import ConfigRecord, Context, Error, Message, MetricRecord, RecordDict
 from flwr.common.constant import ErrorCode
-from torch import Tensor
+from torch import Tensor, nn
 
 from lora_ext._checks import choice, integer, number, require
+from lora_ext.layers import adapted_layers
 
-from .. import LayerPlan, Update, masked_payload
+from .. import LayerPlan, LoraLayerManager, Update, masked_payload
 from .._layers import Others
 from .._payload import shapes_of
 from .._plan import layer_pairs
@@ -23,6 +27,7 @@ from . import _records
 
 Metrics = Mapping[str, Any]
 
+_kept: dict[str, LoraLayerManager] = {}  # manager by Model._token, at most one per process
 _PLAN = ("server-round", "layers", "ranks")  # settings that are copied to the record "echo"
 
 
@@ -60,6 +65,7 @@ class Task:
     tensors: dict[str, Tensor]
     others: Others  # state of the layers outside the plan
     shared: list[str]  # names of the parameters to train in addition to the adapter
+    state: Mapping[str, Tensor]  # tensors of the client's model
     pattern: str  # regular expression whose first group is the index of a layer in a name
 
     @classmethod
@@ -105,6 +111,7 @@ class Task:
             tensors=tensors,
             others=others,
             shared=shared,
+            state=state,
             pattern=pattern,
         )
 
@@ -121,32 +128,29 @@ class Task:
             key: value[tuple(map(slice, self.tensors[key].shape))] for key, value in tensors.items()
         }
 
-    def whole(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Return the adapter in the message, padded with zeros to the shapes in ``state``."""
+    def whole(self) -> dict[str, Tensor]:
+        """Return the adapter in the message, padded with zeros to the shapes of the model's."""
         found: dict[str, Tensor] = {}
-        for key, own in state.items():
+        for key, own in self.state.items():
             value = self.tensors.get(key, own[:0])
             found[key] = torch.zeros(own.shape, dtype=value.dtype)
             found[key][tuple(map(slice, value.shape))] = value
         return found
 
-    def reply(
-        self, changes: Mapping[str, Tensor], metrics: Metrics, state: Mapping[str, Tensor]
-    ) -> Message:
+    def reply(self, changes: Mapping[str, Tensor], metrics: Metrics) -> Message:
         """Return the reply.
 
         Args:
             changes: differences of the trained tensors from the received ones, for the planned
                 layers and the shared parameters.
             metrics: metrics of the training, which must include ``num-examples``.
-            state: tensors of the model, which define the names and shapes of a masked reply.
         """
         sent = dict(changes)
         if choice("message", "upload", self.config.get("upload"), get_args(Upload)) == "value":
             sent = {key: self.tensors[key] + change for key, change in changes.items()}
         if self.config.get("payload") == "dense_masked":
             sent = masked_payload(
-                self.whole(state),
+                self.whole(),
                 Update(self.client, metrics["num-examples"], changes, self.plan),
                 weighted_by="num-examples" if self.config.get("weighted") else None,
                 max_update_norm=cast(float | None, self.config.get("max-update-norm")),
@@ -177,3 +181,98 @@ def failed(message: Message, error: Exception) -> Message:
 
 def _integer(config: Mapping[str, Any], name: str) -> int:
     return integer("message", name, config.get(name))
+
+
+class Model:
+    """The model of an app, with the manager of its layers. It is created on first use.
+
+    Flower's simulation unpickles the app for every message. The model is not pickled. Instead, each
+    worker process caches the last model that it used.
+    """
+
+    def __init__(self, model_fn: Callable[[], nn.Module], pattern: str, adapter: str):
+        self._model_fn = model_fn
+        self.pattern = pattern
+        self.adapter = adapter
+        self._token = uuid.uuid4().hex
+        self._manager: LoraLayerManager | None = None
+        self._unpickled = False
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_manager": None, "_unpickled": True}
+
+    @property
+    def manager(self) -> LoraLayerManager:
+        """Manager of the model's layers."""
+        if self._manager is None and self._unpickled:
+            self._manager = _kept.get(self._token)
+        if self._manager is None:
+            self._manager = LoraLayerManager(self._model_fn(), self.pattern, self.adapter)
+        if self._unpickled:
+            _kept.clear()
+            _kept[self._token] = self._manager
+        return self._manager
+
+    def read(self, message: Message, context: Context) -> tuple[Task, Tensors]:
+        """Return the task in a message, and access to the tensors that it names.
+
+        Raises:
+            ValueError: If the message is not from the strategy, does not fit the model, or contains
+                a scale that differs from the adapter's. An average of adapters with different
+                scales would be wrong.
+            TypeError: If a setting has the wrong type.
+        """
+        manager = self.manager
+        tensors = Tensors(manager, shared_names(_records.read_config(message)))
+        task = Task.read(message, context, tensors.state(), self.pattern)
+        config: Any = task.config
+        layers: dict[str, Any] = dict(adapted_layers(manager.model, manager.adapter))
+        for name, layer in layers.items() if "scaling" in config else ():
+            found, wanted = layer.scaling[manager.adapter], config["scaling"]
+            same = math.isclose(found, wanted, rel_tol=1e-6)
+            require(same, "message", f"scaling of {name}", f"{wanted:g}", f"{found:g}")
+        return task, tensors
+
+
+class Tensors:
+    """Access to the tensors of a client's model that are exchanged with the server.
+
+    These are the adapter's layers, and shared parameters outside the adapter that every client
+    trains and sends, such as a head.
+
+    Args:
+        manager: manager of the model's layers.
+        shared: names of the shared parameters, as in ``model.named_parameters()``.
+    """
+
+    def __init__(self, manager: LoraLayerManager, shared: Sequence[str]):
+        known = dict(manager.model.named_parameters())
+        for name in shared:
+            require(name in known, "message", "shared", "names of model parameters", repr(name))
+        self._manager = manager
+        self._shared = {name: known[name] for name in shared}
+
+    def state(self, layers: Sequence[int] | None = None) -> dict[str, Tensor]:
+        """Return copies on the CPU of the given layers (default all) and the shared parameters."""
+        shared = {name: p.detach().cpu().clone() for name, p in self._shared.items()}
+        return {**self._manager.state_slice(layers), **shared}
+
+    @torch.no_grad()
+    def load(self, tensors: Mapping[str, Tensor]) -> None:
+        """Copy tensors, which must include all shared parameters, into the model."""
+        self._manager.load_slice({k: v for k, v in tensors.items() if k not in self._shared})
+        for name, parameter in self._shared.items():
+            parameter.copy_(tensors[name])
+
+    @contextlib.contextmanager
+    def trained(self) -> Iterator[None]:
+        """Return a context manager in which the shared parameters require gradients."""
+        before = [(parameter, parameter.requires_grad) for parameter in self._shared.values()]
+        try:
+            for parameter, _ in before:
+                parameter.requires_grad_(True)
+            yield
+        finally:
+            for parameter, trains in before:
+                parameter.requires_grad_(trains)
+                parameter.grad = None

@@ -16,7 +16,7 @@ from flwr.supercore.task_identity import TaskIdentity
 from lora_ext._checks import require
 
 from .. import BatchedClients
-from ._batched_app import BatchedApp, of_clients
+from ._client import BatchedApp, of_clients
 from ._tasks import failed
 
 RUN, SERVER = 1, 1  # 1 is also the node id of Flower's server

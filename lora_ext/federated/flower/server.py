@@ -12,8 +12,8 @@ from torch import nn
 
 from .. import LayerPlan
 from .._plan import PATTERN
-from ._model import Model, Tensors
 from ._records import from_arrays, to_arrays
+from ._tasks import Model, Tensors
 from .strategy import LoraStrategy
 
 _SERVER_SETTINGS = {"num-server-rounds", "timeout"}

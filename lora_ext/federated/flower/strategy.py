@@ -17,11 +17,11 @@ from lora_ext._checks import choice, integer, require
 
 from .. import Aggregate, CommLog, LayerPlan, RoundLog
 from .._aggregation import average
+from .._masked import average_masked
 from .._payload import bytes_of, shapes_of
 from .._plan import PATTERN, Allocator, check_layers, layer_pairs
 from .._update import Client, NanPolicy, RankAgg, Rules, Settings, Upload
 from . import _records
-from ._masked_replies import aggregate_replies
 from ._nodes import Capability, Nodes, connected, drawn
 from ._round import Round, Sending
 
@@ -310,7 +310,7 @@ class LoraStrategy(FedAvg):
                 self._nodes.learn(node, reply.content.config_records.get(_records.ECHO, {}))
         rules = Rules(current.state, current.pairs, self._averaging)
         masked = self._sending.payload == "dense_masked"
-        result = aggregate_replies(rules, updates) if masked else average(rules, updates)
+        result = (average_masked if masked else average)(rules, updates)
         waited = float(self._timeout or time.monotonic() - current.sent)
         for client in silent:
             node = current.node(client)

@@ -1,6 +1,10 @@
-"""PEFT's layers of kinds other than LoRA, with a ``forward`` that uses lora_ext's kernels.
+"""Fused versions of PEFT's layer classes, and layers of kinds other than LoRA.
 
-The factors are computed from the layer's parameters in every forward, so gradients reach them.
+The factors of the other kinds are computed from the layer's parameters in every forward, so
+gradients reach them. A module that defines a layer class of PEFT for quantised base layers can be
+imported only if the quantiser is installed, so a fused class is created when a model first needs
+it. The quantised base layer computes its output and the gradient of its input. lora_ext adds the
+update in one op.
 """
 
 from __future__ import annotations
@@ -26,6 +30,13 @@ from ._layers import Fused as Fused  # found by `__getattr__`
 _DROPOUTS = ("rank_dropout", "module_dropout")
 # Settings of a file that a model does not need: the model has all tensors, and each layer its own.
 _LIVE = {"save_only_topk_weights": False, "weight_tying": 1.0}
+
+_MODULES = "peft.tuners.lora."
+_CLASSES = (
+    "bnb.Linear8bitLt", "bnb.Linear4bit", "torchao.TorchaoLoraLinear", "gptq.GPTQLoraLinear",
+    "awq.AwqLoraLinear", "hqq.HqqLoraLinear", "eetq.EetqLoraLinear", "aqlm.AqlmLoraLinear",
+)  # fmt: skip
+COVERED = f"{_MODULES}layer.Linear, layer.ParamWrapper and {', '.join(_CLASSES)}"
 
 
 class _Plan(NamedTuple):
@@ -170,6 +181,17 @@ def fused_class(mixin: type, kind: type) -> type:
     found = f"{mixin.__name__}:{kind.__module__}:{kind.__qualname__}"
     fused.__module__, fused.__qualname__ = __name__, found.replace(".", "/")
     return fused
+
+
+def full_name(kind: type) -> str:
+    """Return the name of a class with its module."""
+    return f"{kind.__module__}.{kind.__qualname__}"
+
+
+def fused_version(kind: type) -> type:
+    """Return the fused version of a class of PEFT, or ``kind`` if it has no fused version."""
+    covered = full_name(kind).removeprefix(_MODULES) in _CLASSES
+    return fused_class(Fused, kind) if covered else kind
 
 
 def __getattr__(name: str) -> Any:

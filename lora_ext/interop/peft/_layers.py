@@ -10,11 +10,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from peft.tuners.lora import dora
 from peft.tuners.lora.layer import Linear as PeftLinear
-from peft.tuners.lora.variants import (
-    ALoraLinearVariant,
-    ArrowLinearVariant,
-    DoraLinearVariant,
-)
+from peft.tuners.lora.variants import ALoraLinearVariant, ArrowLinearVariant, DoraLinearVariant
 from torch import Tensor, nn
 
 from lora_ext import ops
@@ -32,9 +28,8 @@ from lora_ext.layers import (
 )
 from lora_ext.rows import BASE, Assignment, Layout, together
 
-from ._activation import activated, rows_of_offsets
 from ._adapters import no_gradients_without_rows, refuse_exact, taking_part
-from ._names import names_of_layer, offsets_of_layer
+from ._names import activated, names_of_layer, offsets_of_layer, rows_of_offsets
 from ._routers import arrow_forward, arrow_uncovered
 
 # Keyword arguments of a forward that have one entry per row.

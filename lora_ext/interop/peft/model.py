@@ -27,30 +27,9 @@ from lora_ext._torch import compiles
 from lora_ext.layers import space_products, unspace_products
 from lora_ext.rows import Assignment, _layouts, context_value, refuse_singular, several_processes
 
-from . import _quantised
-from ._activation import copies_of_prompt, offsets_given, refuse_other_forwards
-from ._adapters import (
-    by_reason,
-    check_values,
-    refuse_block,
-    refuse_layers_of_peft,
-    refuse_mixtures,
-    refuse_names_of_a_reference,
-    refuse_turned,
-    turned_layers,
-    warn_of_frozen,
-    warn_of_other_bases,
-)
+from . import _adapters, _kinds, _names
 from ._experts import FusedExperts
-from ._kinds import FusedKind, swap_kinds
 from ._layers import Fused, FusedLinear
-from ._names import (
-    Given,
-    assignment_of,
-    entries_given,
-    forget_checkpoints,
-    kept_by_checkpoints,
-)
 from ._routers import FusedXLora, router_of
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -69,22 +48,22 @@ def take_over(model: Model) -> Model:
     """Implement :func:`lora_ext.from_peft`, which imports this module because it needs peft."""
     found, known = f"a {type(model).__name__}", isinstance(model, nn.Module)
     require(known, "from_peft", "model", "a torch.nn.Module", found, TypeError)
-    swap_kinds(model, _never_called(model))
-    if not any(isinstance(m, LoraLayer | FusedKind) for m in model.modules()):
+    _kinds.swap_kinds(model, _never_called(model))
+    if not any(isinstance(m, LoraLayer | _kinds.FusedKind) for m in model.modules()):
         raise ValueError("from_peft: model: expected layers with LoRA adapters, found none")
-    check_values(model)
-    warn_of_other_bases(model)
+    _adapters.check_values(model)
+    _adapters.warn_of_other_bases(model)
     _swap(model, _fused_class)
     space_products(model)
     _layouts.set_tokens_first(model)
     for module in model.modules():
         if isinstance(module, _FusedLoraModel):
-            module.turned = turned_layers(module)
+            module.turned = _adapters.turned_layers(module)
     found = report(model)
     if not found.taken:
         warnings.warn(
             "from_peft: model: expected layers that lora_ext can run, found none; PEFT runs "
-            f"{by_reason(found.left)}",
+            f"{_adapters.by_reason(found.left)}",
             stacklevel=3,  # the caller of lora_ext.from_peft
         )
     return model
@@ -107,7 +86,7 @@ def to_peft(model: Model) -> Model:
         if isinstance(block, BaseTunerLayer | LoraModel):
             for told in ("tokens_first", "turned", "configs", "plans"):
                 vars(block).pop(told, None)
-        forget_checkpoints(block)
+        _names.forget_checkpoints(block)
     unspace_products(model.modules())
     return model
 
@@ -119,7 +98,7 @@ def _fused_class(kind: type) -> type:
         LoraModel: _FusedLoraModel,
         XLoraLinearLayer: FusedXLora,
     }
-    return plain.get(kind) or _quantised.fused_version(kind)
+    return plain.get(kind) or _kinds.fused_version(kind)
 
 
 def _swap(model: nn.Module, other: Callable[[type], type]) -> None:
@@ -160,13 +139,13 @@ def report(model: nn.Module) -> Report:
             reasons = {router.uncovered()}
         elif router is not None:
             reasons = {f"PEFT's {type(router).__name__} computes it"}
-        elif isinstance(module, Fused | FusedKind):
+        elif isinstance(module, Fused | _kinds.FusedKind):
             reasons = module.left()
         elif _fused_class(kind) is not kind:
             reasons = {"it was adapted after from_peft was called"}
         else:
-            found = _quantised.full_name(kind)
-            reasons = {f"lora_ext runs only {_quantised.COVERED}, found {found}"}
+            found = _kinds.full_name(kind)
+            reasons = {f"lora_ext runs only {_kinds.COVERED}, found {found}"}
         why = "; ".join(sorted(filter(None, reasons)))
         left |= {name: why} if why else {}
         taken += [] if why else [name]
@@ -187,7 +166,7 @@ class _FusedLoraModel(LoraModel):
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """Call the model's ``generate``; if adapters are activated, check its settings first."""
         if _begins.get():
-            refuse_other_forwards(self.model, kwargs)
+            _names.refuse_other_forwards(self.model, kwargs)
         return self.model.generate(*args, **kwargs)
 
     def generate_batch(self, *args: Any, adapter_names: Any = None, **kwargs: Any) -> Any:
@@ -212,21 +191,21 @@ class _FusedLoraModel(LoraModel):
         given: Assignment | None = None
         names, offsets = kwargs.get("adapter_names"), kwargs.pop("alora_offsets", None)
         if offsets is not None:  # `generate` may make several rows from one prompt.
-            count = copies_of_prompt(kwargs)
+            count = _names.copies_of_prompt(kwargs)
             offsets = [offset for offset in offsets for _ in range(count)]
         if names is None:
-            refuse_block(self, self.peft_config, self.active_adapters, other_names=True)
+            _adapters.refuse_block(self, self.peft_config, self.active_adapters, other_names=True)
         else:
             listed = isinstance(names, list | tuple)
             require(listed, "from_peft", "adapter_names", "a list of one entry per row", names)
             require(None not in [*names], "from_peft", "adapter_names", "'__base__'", None)
-            given = assignment_of(names)
-            refuse_turned(given.each(), self.turned)
+            given = _names.assignment_of(names)
+            _adapters.refuse_turned(given.each(), self.turned)
             if given.mixed or given.unused:
-                refuse_mixtures(self.model, given)
+                _adapters.refuse_mixtures(self.model, given)
             kwargs["adapter_names"] = given.plain()
             if self.training:
-                refuse_names_of_a_reference(self.active_adapters, given)
+                _adapters.refuse_names_of_a_reference(self.active_adapters, given)
         hooks = super()._enable_peft_forward_hooks(*args, **kwargs)
         training = self.training
         # PEFT raises for names in training mode, so the flag is off while PEFT adds its hooks.
@@ -238,18 +217,20 @@ class _FusedLoraModel(LoraModel):
         try:
             with contextlib.ExitStack() as stack:
                 if given is not None and training:
-                    warn_of_frozen(self.model, given)
+                    _adapters.warn_of_frozen(self.model, given)
                     if several_processes() and torch.is_grad_enabled():
                         # A fused layer is checked in its forward, since FSDP2 gathers the
                         # parameters there. Only the other layers are checked here.
                         left, find = report(self.model).left.items(), self.model.get_submodule
                         others = {n: why for n, why in left if not isinstance(find(n), Fused)}
-                        refuse_layers_of_peft(self.model, others)
+                        _adapters.refuse_layers_of_peft(self.model, others)
                 if training and (names is not None or offsets is not None):
-                    stack.enter_context(kept_by_checkpoints(self.model, Given(given, offsets)))
+                    stack.enter_context(
+                        _names.kept_by_checkpoints(self.model, _names.Given(given, offsets))
+                    )
                 if given is not None and given.mixed:
-                    stack.enter_context(entries_given(self.model, given))
-                stack.enter_context(offsets_given(self.model, offsets))
+                    stack.enter_context(_names.entries_given(self.model, given))
+                stack.enter_context(_names.offsets_given(self.model, offsets))
                 if not compiles():  # Dynamo cannot trace contextvars. Only `generate` reads this.
                     stack.enter_context(context_value(_begins, offsets is not None))
                 yield

@@ -14,7 +14,7 @@ from typing import Any
 
 from lora_ext import _loader
 
-from . import _activated, _front, _interface, _loads
+from . import _activated, _interface, _loads
 
 __all__ = ["EXPECTED", "register"]
 
@@ -89,7 +89,7 @@ def _follow_requests() -> None:
         _loads.follow_loads(_interface.found(_ENGINE))
         _activated.follow_starts(front)
         if front is None:
-            _front.register_check(_interface.found(_FRONT), _activated.in_front)
+            _interface.register_check(_interface.found(_FRONT), _activated.in_front)
     else:
         _warn(engine, "a reloaded adapter uses the old blocks of the prefix cache")
     door = _interface.lacking("door", _ENGINE) or front
@@ -97,7 +97,7 @@ def _follow_requests() -> None:
         from . import _constraints  # imported here, as it loads control and serving
 
         _constraints.build_at_door(_interface.found(_ENGINE))
-        _front.register_check(_interface.found(_FRONT), _constraints.in_front)
+        _interface.register_check(_interface.found(_FRONT), _constraints.in_front)
     else:
         _warn(door, "constraints of requests are not supported")
 

@@ -34,14 +34,8 @@ _MARK = "_lora_ext_constrains"
 _KEPT_VOCABULARIES, _KEPT_PLANS = 4, 256
 _GREEDY = 1e-5  # Below this temperature, vLLM always chooses the most likely token.
 #: Fields of SamplingParams that could cut a text early, or forbid tokens that a constraint needs.
-_NONE_OF = (
-    "stop",
-    "bad_words",
-    "allowed_token_ids",
-    "structured_outputs",
-    "ignore_eos",
-    "thinking_token_budget",
-)
+_NONE_OF = """stop bad_words allowed_token_ids structured_outputs ignore_eos
+    thinking_token_budget""".split()
 _doors: set[type] = set()  # engine classes of this process that build constraints
 
 

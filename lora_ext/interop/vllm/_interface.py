@@ -1,13 +1,14 @@
-"""Checks of vLLM's internal functions that lora_ext uses, and a function to wrap them."""
+"""Checks of vLLM's internal functions that lora_ext uses, and functions that wrap them."""
 
 from __future__ import annotations
 
 import functools
 import importlib
 import inspect
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable
 from typing import Any
 
+_CHECKED = "_lora_ext_checks"  # mark of functions that check requests
 MARK = "_lora_ext_follows"  # attribute of a function that was wrapped
 # Parameters of the functions of vLLM that lora_ext calls or wraps, in vLLM's order and without
 # ``self``, by part of the interface. In this order, the parts are: the punica wrapper, the manager
@@ -77,45 +78,25 @@ def missing(part: str, owner: Any) -> str | None:
         part: part of the interface, a key of ``_CALLED``.
         owner: class or module of vLLM that should have the members of the part.
     """
+    first = int(isinstance(owner, type))  # a method has ``self``
     for name, wanted in _CALLED[part].items():
-        lacks = _differs(owner, name, wanted.split(), int(isinstance(owner, type)))
-        if lacks is not None:
-            return lacks
+        function = getattr(owner, name, None)
+        if not callable(function):
+            return f"{owner.__name__}.{name}"
+        parameters = list(inspect.signature(function).parameters.values())
+        # With *args, another plug-in has probably wrapped it, and nothing can be compared.
+        wrapped = any(each.kind is each.VAR_POSITIONAL for each in parameters)
+        expected = wanted.split()
+        named = [each.name for each in parameters[first : first + len(expected)]]
+        if not wrapped and named != expected:
+            return f"{owner.__name__}.{name}({', '.join(expected)})"
     read = _READ.get(part, "").split()
-    mentioned = set(_names(owner)) if read else ()
+    # Names in the code of the methods: attributes of instances are declared nowhere else.
+    bases = owner.__mro__ if read else ()
+    members = filter(callable, (member for base in bases for member in vars(base).values()))
+    codes = [getattr(inspect.unwrap(member), "__code__", None) for member in members]
+    mentioned = {name for code in codes for name in getattr(code, "co_names", ())}
     return next((f"{owner.__name__}.{each}" for each in read if each not in mentioned), None)
-
-
-def _differs(owner: Any, name: str, wanted: Sequence[str], first: int) -> str | None:
-    """Describe a function that is missing or has other parameters; return None if it fits.
-
-    Args:
-        owner: class or module of vLLM.
-        name: name of the function in ``owner``.
-        wanted: names of the parameters that lora_ext passes.
-        first: index of the first parameter to compare: 1 for a method, which has ``self``.
-    """
-    function = getattr(owner, name, None)
-    if not callable(function):
-        return f"{owner.__name__}.{name}"
-    parameters = list(inspect.signature(function).parameters.values())
-    # With *args, another plug-in has probably wrapped the function, and nothing can be compared.
-    if any(each.kind is each.VAR_POSITIONAL for each in parameters):
-        return None
-    if [each.name for each in parameters[first : len(wanted) + first]] != list(wanted):
-        return f"{owner.__name__}.{name}({', '.join(wanted)})"
-    return None
-
-
-def _names(kind: type) -> Iterator[str]:
-    """Yield all names that the code of a class's methods contains.
-
-    They include the attributes of instances, which are declared nowhere else.
-    """
-    for base in kind.__mro__:
-        for member in filter(callable, vars(base).values()):
-            code: Any = getattr(inspect.unwrap(member), "__code__", None)
-            yield from getattr(code, "co_names", ())
 
 
 def wrap(owner: Any, name: str, ours: Callable[..., Any], mark: str = MARK) -> None:
@@ -134,3 +115,41 @@ def wrap(owner: Any, name: str, ours: Callable[..., Any], mark: str = MARK) -> N
 
     setattr(call, mark, True)
     setattr(owner, name, call)
+
+
+_checkers: dict[type, list[Callable[[Any], Callable[[Any], object]]]] = {}  # by engine class
+
+
+def register_check(front: Any, checker: Callable[[Any], Callable[[Any], object]]) -> None:
+    """Check the requests of every ``LLMEngine`` that this process creates from now on.
+
+    ``LLMEngine`` registers a request and then passes it to the engine's core. If the core rejected
+    the request, ``LLMEngine`` would wait for it forever. The checks that the plug-in adds to the
+    core therefore also run here, before the request is registered. vLLM's asynchronous engine,
+    which a server uses, needs no checks here: it receives the core's errors, and a check would
+    block its event loop.
+
+    Registering the same ``checker`` again does nothing.
+
+    Args:
+        front: the class ``LLMEngine``.
+        checker: function that receives the settings of an engine (``VllmConfig``) and returns a
+            check. The check receives each request of the engine and raises for an invalid one.
+    """
+    checkers = _checkers.setdefault(front, [])
+    if checker not in checkers:
+        checkers.append(checker)
+
+    def begin(inner: Any, self: Any, *args: Any, **kwargs: Any) -> None:
+        inner(self, *args, **kwargs)
+        checks = [each(self.vllm_config) for each in checkers]
+
+        def process(inner: Any, *args: Any, **kwargs: Any) -> Any:
+            request = inner(*args, **kwargs)
+            for check in checks:
+                check(request)
+            return request
+
+        wrap(self.input_processor, "process_inputs", process, _CHECKED)
+
+    wrap(front, "__init__", begin, _CHECKED)

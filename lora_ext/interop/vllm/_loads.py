@@ -66,45 +66,46 @@ class Loads:
                 self._keep(request, load)
             return load.request
 
-    def load(self, request: Any, into: Callable[[Any], bool]) -> bool:
+    def add_lora(self, into: Callable[[Any], bool], lora_request: Any) -> bool:
         """Load an adapter with ``into``, the engine's ``add_lora``.
 
         If it raises, the last load of the adapter remains current.
         """
         with self._lock:
-            load = self._known.get(_key(request))
-            if load is None or request.load_inplace:
-                load = self._new(request)
+            load = self._known.get(_key(lora_request))
+            if load is None or lora_request.load_inplace:
+                load = self._new(lora_request)
         loaded = into(load.request)
         with self._lock:
-            self._keep(request, load)
+            self._keep(lora_request, load)
         return loaded
 
-    def remove(self, user_id: int, out_of: Callable[[int], bool]) -> bool:
-        """Remove every load that was requested under the ``lora_int_id`` ``user_id``.
+    def remove_lora(self, out_of: Callable[[int], bool], lora_id: int) -> bool:
+        """Remove every load that was requested under the ``lora_int_id`` ``lora_id``.
 
         A later request with this number creates a new load. Returns whether any load was removed.
 
         Args:
-            user_id: user's number.
             out_of: the engine's ``remove_lora``.
+            lora_id: user's number.
         """
         with self._lock:
-            ids = [i for i, user in self._user_ids.items() if user == user_id] or [user_id]
-            self._known = {k: each for k, each in self._known.items() if each.user_id != user_id}
+            ids = [i for i, user in self._user_ids.items() if user == lora_id] or [lora_id]
+            self._known = {k: each for k, each in self._known.items() if each.user_id != lora_id}
         return any([out_of(each) for each in ids])
 
-    def pin(self, user_id: int, into: Callable[[int], bool]) -> bool:
-        """Pin the last load that was requested under the ``lora_int_id`` ``user_id``.
+    def pin_lora(self, into: Callable[[int], bool], lora_id: int) -> bool:
+        """Pin the last load that was requested under the ``lora_int_id`` ``lora_id``.
 
         ``into`` is the engine's ``pin_lora``; its result is returned.
         """
         with self._lock:
-            last = self._last.get(user_id, user_id)
+            last = self._last.get(lora_id, lora_id)
         return into(last)
 
-    def listed(self, ids: set[int]) -> set[int]:
-        """Return the user's numbers of the loads that have the engine's numbers ``ids``."""
+    def list_loras(self, listed: Callable[[], set[int]]) -> set[int]:
+        """Return the user's numbers of the loads; ``listed`` is the engine's ``list_loras``."""
+        ids = listed()
         with self._lock:
             return {self._user_ids.get(each, each) for each in ids}
 
@@ -166,17 +167,13 @@ def follow_loads(engine: Any) -> None:
             _activated.check(request, invocation)
         return inner(self, request, *args)
 
-    def add_lora(inner: Any, self: Any, lora_request: Any) -> bool:
-        return loads(self).load(lora_request, functools.partial(inner, self))
+    _interface.wrap(engine, "preprocess_add_request", preprocess_add_request)
 
-    def remove_lora(inner: Any, self: Any, lora_id: int) -> bool:
-        return loads(self).remove(lora_id, functools.partial(inner, self))
+    def follow(name: str) -> None:
+        def door(inner: Any, self: Any, *args: Any, **kwargs: Any) -> Any:
+            return getattr(loads(self), name)(functools.partial(inner, self), *args, **kwargs)
 
-    def pin_lora(inner: Any, self: Any, lora_id: int) -> bool:
-        return loads(self).pin(lora_id, functools.partial(inner, self))
+        _interface.wrap(engine, name, door)
 
-    def list_loras(inner: Any, self: Any) -> set[int]:
-        return loads(self).listed(inner(self))
-
-    for door in (preprocess_add_request, add_lora, remove_lora, pin_lora, list_loras):
-        _interface.wrap(engine, door.__name__, door)
+    for name in ("add_lora", "remove_lora", "pin_lora", "list_loras"):
+        follow(name)

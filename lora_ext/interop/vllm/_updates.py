@@ -1,7 +1,7 @@
 """The low-rank updates of vLLM's LoRA layers, computed by lora_ext's ops.
 
 vLLM's LoRA layers share one *punica wrapper*. A layer passes its input, its output and its stacks
-(the factors of all adapters, see :mod:`._stacks`) to the wrapper, which adds the update of each
+(the factors of all adapters, see :mod:`._slots`) to the wrapper, which adds the update of each
 row's adapter to the output in place. Shape letters: ``T`` rows, ``I`` input features, ``O`` output
 features, ``R`` the engine's ``max_lora_rank``.
 
@@ -22,8 +22,7 @@ from lora_ext import ops
 
 from ._graph import in_graph, known
 from ._interface import wrap
-from ._owners import OwnedRows, Owners
-from ._stacks import Stack, Stacks
+from ._slots import OwnedRows, Owners, Stack, Stacks
 
 
 class Updates:

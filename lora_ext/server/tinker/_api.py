@@ -78,7 +78,7 @@ class Api:
             words = re.sub(rf"{whole}(?![\w-]|\.\w)", "the store", words)
         return words
 
-    def begin(self, key: str) -> str:
+    def create_session(self, key: str, asked: Answer) -> Answer:
         """Create a session; raise QueueFullError if the API key has too many sessions."""
         with self.promises.lock:
             if (found := len(self._of(key)) + 1) > _SESSIONS:
@@ -86,7 +86,7 @@ class Api:
                 raise QueueFullError(f"session: expected {expected}, found {found}")
             name = uuid.uuid4().hex
             self.sessions[name] = Session(key)
-        return name
+        return {"type": "create_session", "session_id": name}
 
     def _of(self, key: str) -> list[Session]:
         return [each for each in list(self.sessions.values()) if each.key == key]
@@ -138,7 +138,7 @@ class Api:
         model = self.model(key, asked["model_id"])[1]
         return self.promises.in_order(key, model, asked.get("seq_id"), begin, told)
 
-    def new_model(self, key: str, asked: Answer) -> Answer:
+    def create_model(self, key: str, asked: Answer) -> Answer:
         """Start to create a model, or to load one from a checkpoint; return a promise of the
         response."""
         session = self.alive(key, asked["session_id"])
@@ -205,7 +205,7 @@ class Api:
                 return session, session.samplers[name]
         raise GoneError(f"sampling_session_id: expected a session of this key, found {name!r:.200}")
 
-    def sample(self, key: str, asked: Answer) -> Answer:
+    def asample(self, key: str, asked: Answer) -> Answer:
         """Return a promise of samples; a repeated ``seq_id`` returns the earlier promise."""
         name, number = asked.get("sampling_session_id"), asked.get("seq_id")
         session, sampler = self.samplers(key, name) if name else (None, self.sampler(key, asked))

@@ -43,6 +43,10 @@ _KINDS: dict[type, str] = {
     bool: "optimizer overwrite prompt_logprobs",
 }
 
+#: POST routes that are methods of ``_Routes`` with the same name.
+_POSTS = """create_session session_heartbeat create_model unload_model get_info weights_info
+    save_weights save_weights_for_sampler load_weights optim_step create_sampling_session asample"""
+
 _CODES = {ValueError: 400, KeyError: 400, TypeError: 400, GoneError: 410}
 _WORDS = {str: "a text", int: "an integer", dict: "an object", bool: "true or false"}
 _CODES |= {QueueFullError: 429, PoolFullError: 429}
@@ -63,7 +67,7 @@ def make_app(service: Service, base: str, keys: set[str] | None) -> FastAPI:
     instance("make_app", "base", base, str)
     if keys is not None:  # With a str, `in` would also accept a part of a key.
         instance("make_app", "keys", keys, (set, frozenset))
-    api = Api(service, base)
+    api = _Routes(service, base)
     app = FastAPI(lifespan=lambda _: _life(api))
 
     def error_answer(_: Request, error: Exception) -> JSONResponse:
@@ -83,28 +87,20 @@ def make_app(service: Service, base: str, keys: set[str] | None) -> FastAPI:
         request.state.key = key
         return await go_on(request)
 
-    def post(path: str) -> Any:
-        """Return a decorator that adds a POST route for ``function(key, body)``.
+    def post(path: str, function: Callable[[str, Answer], Any]) -> None:
+        """Add a POST route. ``function(key, body)`` runs in a thread."""
 
-        The function runs in a thread. Its arguments are the API key and the fields of the body.
-        """
+        async def run(request: Request) -> Any:
+            return await asyncio.to_thread(function, request.state.key, await _read(request))
 
-        def decorate(function: Callable[[str, Answer], Any]) -> Any:
-            async def run(request: Request) -> Any:
-                asked = await _read(request)
-                return await asyncio.to_thread(function, request.state.key, asked)
+        app.add_api_route(f"/api/v1/{path}", run, methods=["POST"])
 
-            app.add_api_route(f"/api/v1/{path}", run, methods=["POST"])
-            return function
-
-        return decorate
-
-    _add_sessions(app, post, api)
-    _add_models(post, api)
-    _add_training(app, post, api)
-    _add_samples_and_futures(app, post, api)
+    for name in _POSTS.split():
+        post(name, getattr(api, name))
     for path in ("client/dynamic_config", "cancel_future", "telemetry"):
-        post(path)(lambda key, asked: {"status": "accepted"})
+        post(path, lambda key, asked: {"status": "accepted"})
+    post("client/config", api.config)
+    _add_others(app, api)
     return app
 
 
@@ -139,20 +135,104 @@ async def _read(request: Request) -> Answer:
     return {name: value for name, value in asked.items() if value is not None}
 
 
-def _add_sessions(app: FastAPI, post: Any, api: Api) -> None:
-    @post("client/config")
-    def config(key: str, asked: Answer) -> Answer:
+class _Routes(Api):
+    """Routes whose requests have a JSON body: the methods named in ``_POSTS``.
+
+    Their arguments are the API key and the fields of the body.
+    """
+
+    def config(self, key: str, asked: Answer) -> Answer:
+        """Return the settings of clients."""
         off = ("pjwt_auth_enabled", "sample_use_retrieve_futures", "custom_loss_server_side")
         return {"proto_compress_fwdbwd": zstandard is not None, **dict.fromkeys(off, False)}
 
-    @post("create_session")
-    def create_session(key: str, asked: Answer) -> Answer:
-        return {"type": "create_session", "session_id": api.begin(key)}
-
-    @post("session_heartbeat")
-    def session_heartbeat(key: str, asked: Answer) -> Answer:
-        api.alive(key, asked["session_id"]).beat = time.monotonic()
+    def session_heartbeat(self, key: str, asked: Answer) -> Answer:
+        self.alive(key, asked["session_id"]).beat = time.monotonic()
         return {"type": "session_heartbeat"}
+
+    def unload_model(self, key: str, asked: Answer) -> Answer:
+        name = asked["model_id"]
+        session, model = self.model(key, name)
+        session.models.pop(name, None)
+
+        def unload() -> Answer:
+            model.tenant.close()
+            return {"model_id": name, "type": "unload_model"}
+
+        return self.promises.at_once(key, unload)
+
+    def get_info(self, key: str, asked: Answer) -> Answer:
+        name, base = asked["model_id"], self.base
+        rank = self.model(key, name)[1].tenant.rank
+        arch = self.service.model.config.model_type
+        data = {"arch": arch, "model_name": base, "tokenizer_id": base}
+        found = {"type": "get_info", "model_id": name, "model_data": data}
+        return {**found, "is_lora": True, "lora_rank": rank, "model_name": base}
+
+    def weights_info(self, key: str, asked: Answer) -> Answer:
+        where = parsed(key, asked["tinker_path"], "tinker_path")
+        _, saved = self.service.store.read("weights_info", where)
+        trained = {"train_unembed": False, "train_mlp": True, "train_attn": True}
+        return {"base_model": self.base, "is_lora": True, "lora_rank": saved.config.r, **trained}
+
+    def _saved(self, key: str, asked: Answer, kind: str, done: str) -> Answer:
+        name, model = asked.get("path") or uuid.uuid4().hex, asked["model_id"]
+        where = folder(key, model, kind, name)
+        target = self.service.store.folder("save", where)
+        if asked.get("overwrite") is False and target.exists():
+            raise ValueError(f"path: expected a new name, or overwrite=true, found {name!r:.200}")
+        answer = {"type": done, "path": f"tinker://{model}/{kind}/{name}"}
+        begin = methodcaller("save", where, wait=False)
+        return self.in_order(key, asked, begin, lambda _: answer)
+
+    def save_weights(self, key: str, asked: Answer) -> Answer:
+        return self._saved(key, asked, "weights", "save_weights")
+
+    def save_weights_for_sampler(self, key: str, asked: Answer) -> Answer:
+        if asked.get("path"):
+            return self._saved(key, asked, "sampler_weights", "save_weights_for_sampler")
+        session, mode = self.model(key, asked["model_id"])[0], asked.get("kind") or "snapshot"
+        owner = asked["model_id"].partition(":")[0]
+        name = f"{owner}:sample:{asked.get('sampling_session_seq_id')}"
+
+        def told(sampler: Sampler) -> Answer:
+            session.keep(name, sampler)
+            return {"type": "save_weights_for_sampler", "sampling_session_id": name}
+
+        return self.in_order(key, asked, lambda tenant: tenant.sampler(mode, wait=False), told)
+
+    def load_weights(self, key: str, asked: Answer) -> Answer:
+        path, optimizer = parsed(key, asked["path"]), bool(asked.get("optimizer", True))
+        if not asked.get("model_id"):
+            return self.create_model(key, asked)
+        answer = {"type": "load_weights", "path": asked["path"], "model_id": asked["model_id"]}
+        begin = methodcaller("restore", path, optimizer, wait=False)
+        return self.in_order(key, asked, begin, lambda _: answer)
+
+    def optim_step(self, key: str, asked: Answer) -> Answer:
+        adam = {"learning_rate": 1e-4, "beta1": 0.9, "beta2": 0.95, "eps": 1e-12}
+        adam |= {k: v for k, v in (asked.get("adam_params") or {}).items() if v is not None}
+        decay, clip = adam.get("weight_decay", 0.0), adam.get("grad_clip_norm") or None
+        for name in ("beta1", "beta2"):
+            number("optim_step", name, adam[name], 0, below=1)
+        how = adam["learning_rate"], (adam["beta1"], adam["beta2"]), adam["eps"], decay, clip
+
+        def begin(tenant: Tenant) -> Any:
+            with renamed("optim_step", lr="learning_rate", max_grad_norm="grad_clip_norm"):
+                return tenant.optim_step(*how)
+
+        return self.in_order(key, asked, begin, lambda result: {"metrics": result.metrics})
+
+    def create_sampling_session(self, key: str, asked: Answer) -> Answer:
+        session = self.alive(key, asked["session_id"])
+        name = f"{asked['session_id']}:sample:{asked['sampling_session_seq_id']}"
+        if name not in session.samplers:
+            session.keep(name, self.sampler(key, asked))
+        return {"type": "create_sampling_session", "sampling_session_id": name}
+
+
+def _add_others(app: FastAPI, api: Api) -> None:
+    """Add the routes whose requests have no JSON body, or whose responses may be binary."""
 
     @app.post("/api/v1/sessions/{session}/finish")
     def finish(session: str, request: Request) -> Answer:
@@ -169,77 +249,6 @@ def _add_sessions(app: FastAPI, post: Any, api: Api) -> None:
         most = {"model_name": api.base, "max_context_length": api.service.max_tokens}
         return {"supported_models": [most]}
 
-
-def _add_models(post: Any, api: Api) -> None:
-    post("create_model")(api.new_model)
-
-    @post("unload_model")
-    def unload_model(key: str, asked: Answer) -> Answer:
-        name = asked["model_id"]
-        session, model = api.model(key, name)
-        session.models.pop(name, None)
-
-        def unload() -> Answer:
-            model.tenant.close()
-            return {"model_id": name, "type": "unload_model"}
-
-        return api.promises.at_once(key, unload)
-
-    @post("get_info")
-    def get_info(key: str, asked: Answer) -> Answer:
-        name, base = asked["model_id"], api.base
-        rank = api.model(key, name)[1].tenant.rank
-        arch = api.service.model.config.model_type
-        data = {"arch": arch, "model_name": base, "tokenizer_id": base}
-        found = {"type": "get_info", "model_id": name, "model_data": data}
-        return {**found, "is_lora": True, "lora_rank": rank, "model_name": base}
-
-    @post("weights_info")
-    def weights_info(key: str, asked: Answer) -> Answer:
-        where = parsed(key, asked["tinker_path"], "tinker_path")
-        _, saved = api.service.store.read("weights_info", where)
-        trained = {"train_unembed": False, "train_mlp": True, "train_attn": True}
-        return {"base_model": api.base, "is_lora": True, "lora_rank": saved.config.r, **trained}
-
-    def saved(key: str, asked: Answer, kind: str, done: str) -> Answer:
-        name, model = asked.get("path") or uuid.uuid4().hex, asked["model_id"]
-        where = folder(key, model, kind, name)
-        target = api.service.store.folder("save", where)
-        if asked.get("overwrite") is False and target.exists():
-            raise ValueError(f"path: expected a new name, or overwrite=true, found {name!r:.200}")
-        answer = {"type": done, "path": f"tinker://{model}/{kind}/{name}"}
-        begin = methodcaller("save", where, wait=False)
-        return api.in_order(key, asked, begin, lambda _: answer)
-
-    @post("save_weights")
-    def save_weights(key: str, asked: Answer) -> Answer:
-        return saved(key, asked, "weights", "save_weights")
-
-    @post("save_weights_for_sampler")
-    def save_weights_for_sampler(key: str, asked: Answer) -> Answer:
-        if asked.get("path"):
-            return saved(key, asked, "sampler_weights", "save_weights_for_sampler")
-        session, mode = api.model(key, asked["model_id"])[0], asked.get("kind") or "snapshot"
-        owner = asked["model_id"].partition(":")[0]
-        name = f"{owner}:sample:{asked.get('sampling_session_seq_id')}"
-
-        def told(sampler: Sampler) -> Answer:
-            session.keep(name, sampler)
-            return {"type": "save_weights_for_sampler", "sampling_session_id": name}
-
-        return api.in_order(key, asked, lambda tenant: tenant.sampler(mode, wait=False), told)
-
-    @post("load_weights")
-    def load_weights(key: str, asked: Answer) -> Answer:
-        path, optimizer = parsed(key, asked["path"]), bool(asked.get("optimizer", True))
-        if not asked.get("model_id"):
-            return api.new_model(key, asked)
-        answer = {"type": "load_weights", "path": asked["path"], "model_id": asked["model_id"]}
-        begin = methodcaller("restore", path, optimizer, wait=False)
-        return api.in_order(key, asked, begin, lambda _: answer)
-
-
-def _add_training(app: FastAPI, post: Any, api: Api) -> None:
     @app.post("/api/v1/forward_backward")
     @app.post("/api/v1/forward")
     async def forward_backward(request: Request) -> Any:
@@ -265,31 +274,6 @@ def _add_training(app: FastAPI, post: Any, api: Api) -> None:
         where = request.state.key, {"model_id": asked.model_id, "seq_id": asked.seq_id or None}
         return await asyncio.to_thread(api.in_order, *where, begin, written_result)
 
-    @post("optim_step")
-    def optim_step(key: str, asked: Answer) -> Answer:
-        adam = {"learning_rate": 1e-4, "beta1": 0.9, "beta2": 0.95, "eps": 1e-12}
-        adam |= {k: v for k, v in (asked.get("adam_params") or {}).items() if v is not None}
-        decay, clip = adam.get("weight_decay", 0.0), adam.get("grad_clip_norm") or None
-        for name in ("beta1", "beta2"):
-            number("optim_step", name, adam[name], 0, below=1)
-        how = adam["learning_rate"], (adam["beta1"], adam["beta2"]), adam["eps"], decay, clip
-
-        def begin(tenant: Tenant) -> Any:
-            with renamed("optim_step", lr="learning_rate", max_grad_norm="grad_clip_norm"):
-                return tenant.optim_step(*how)
-
-        return api.in_order(key, asked, begin, lambda result: {"metrics": result.metrics})
-
-
-def _add_samples_and_futures(app: FastAPI, post: Any, api: Api) -> None:
-    @post("create_sampling_session")
-    def create_sampling_session(key: str, asked: Answer) -> Answer:
-        session = api.alive(key, asked["session_id"])
-        name = f"{asked['session_id']}:sample:{asked['sampling_session_seq_id']}"
-        if name not in session.samplers:
-            session.keep(name, api.sampler(key, asked))
-        return {"type": "create_sampling_session", "sampling_session_id": name}
-
     @app.get("/api/v1/samplers/{name}")
     def sampler(name: str, request: Request) -> Answer:
         try:
@@ -297,8 +281,6 @@ def _add_samples_and_futures(app: FastAPI, post: Any, api: Api) -> None:
         except GoneError as error:
             raise HTTPException(404, str(error)) from None
         return {"sampler_id": name, "base_model": api.base}
-
-    post("asample")(api.sample)
 
     @app.post("/api/v1/retrieve_future")
     async def retrieve_future(request: Request) -> Any:

@@ -1,4 +1,7 @@
-"""The command distil-guide, which trains a guide: a hidden Markov model of a model's text."""
+"""Commands that run a model: serve, a server of OpenAI's API, and distil-guide.
+
+A guide is a hidden Markov model of a model's text.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +13,7 @@ from typing import Any
 
 from lora_ext.control import distil
 
-from ._output import progress, show
+from ._output import progress, say, show
 
 _REQUESTS = (
     "Tell me about a small town by the sea.",
@@ -66,3 +69,20 @@ def _tokens(tokenizer: Any, request: str) -> list[int]:
         options = {"add_generation_prompt": True, "return_dict": False}
         return list(tokenizer.apply_chat_template(said, **options))
     return list(tokenizer.encode(request))
+
+
+def serve(arguments: Namespace) -> None:
+    """Serve OpenAI's API over HTTP; `model` selects an adapter.
+
+    Serves chats and completions of a causal LM with continuous batching, or
+    embeddings of an embedding model. An adapter is loaded at its first request.
+    There is no authentication: listen on the loopback interface, or use a proxy.
+    Ctrl-C stops the server.
+    """
+    try:
+        from lora_ext import server
+    except ModuleNotFoundError as error:
+        remedy = "run `pip install --no-build-isolation '.[serve]'` in a checkout of lora_ext"
+        raise ValueError(f"expected {error.name}, found none: {remedy}") from None
+    names = server.Settings.__dataclass_fields__
+    server.serve(server.Settings(**{name: getattr(arguments, name) for name in names}), say)
