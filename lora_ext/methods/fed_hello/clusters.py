@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from bisect import bisect_right
 from collections.abc import Sequence
 from fractions import Fraction
 from functools import cache
@@ -59,7 +60,6 @@ def cluster_weights(
 def _groups(points: list[float], counts: list[int], k: int) -> list[int]:
     """Return the group of each of the ascending, distinct ``points``, where ``counts[i]`` scores
     are equal to ``points[i]``."""
-    n = len(points)
     # Computed in exact fractions, so that rounding does not decide between equally good cuts.
     pairs = zip(map(Fraction, points), counts, strict=True)
     powers = zip(*((Fraction(count), count * p, count * p * p) for p, count in pairs), strict=True)
@@ -71,19 +71,15 @@ def _groups(points: list[float], counts: list[int], k: int) -> list[int]:
         number, total, squares = (own[end] - own[start] for own in sums)
         return squares - total * total / number
 
-    best = [Fraction(0)] * (n + 1)  # best[j]: least cost of the first j points in the groups so far
-    cuts: list[list[int]] = []  # cuts[i][j - 1]: start of group i if points[j - 1] is its last
-    for before in range(k):  # group index; each earlier group has at least one point
-        found: list[tuple[Fraction, int]] = []
-        for j in range(1, n + 1):
-            starts = range(before, j) if before else range(1)
-            totals = ((best[start] + cost(start, j), start) for start in starts)
-            found.append(min(totals, default=(Fraction(0), 0)))
-        best = [Fraction(0), *(total for total, _ in found)]
-        cuts.append([start for _, start in found])
-    groups, stop = [0] * n, n
-    for group in reversed(range(k)):
-        start = cuts[group][stop - 1]
-        groups[start:stop] = [group] * (stop - start)
-        stop = start
-    return groups
+    @cache
+    def best(end: int, groups: int) -> tuple[Fraction, tuple[int, ...]]:
+        """Return the least cost of ``points[:end]`` in this many groups, and where they start."""
+        if groups == 1:
+            return cost(0, end), (0,)
+        starts = range(groups - 1, end)
+        costs = ((best(start, groups - 1)[0] + cost(start, end), start) for start in starts)
+        least, last = min(costs)
+        return least, (*best(last, groups - 1)[1], last)
+
+    starts = best(len(points), k)[1]
+    return [bisect_right(starts, i) - 1 for i in range(len(points))]
