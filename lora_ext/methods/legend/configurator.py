@@ -16,8 +16,7 @@ from typing import Literal, NamedTuple
 from lora_ext._checks import check_fields, integer, number, require, within
 from lora_ext.federated import Client, LayerPlan
 
-from ._capacity import Estimate, check_estimate
-from .times import waiting_time
+from ._capacity import Estimate, check_estimate, waiting_time
 
 Mode = Literal["fastest", "utility", "balanced"]
 WHERE = "LegendConfigurator"
