@@ -29,7 +29,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lora_ext._checks import require
+from lora_ext._checks import integer, require
 
 from ._guide import Guide
 from .language import DEFAULT, Constraint, Limits, Matched
@@ -72,8 +72,7 @@ class Plan:
     def __post_init__(self) -> None:
         constraint, budget, least = self.constraint, self.budget, self.least
         for name, value, low in (("max_new_tokens", budget, 1), ("min_new_tokens", least, 0)):
-            whole = type(value) is int and value >= low
-            require(whole, _WHERE, name, f"a whole number, at least {low}", repr(value))
+            integer(_WHERE, name, value, low, expected=f"a whole number, at least {low}")
         expected = f"less than max_new_tokens ({budget}), since the last token ends the text"
         require(least < budget, _WHERE, "min_new_tokens", expected, least)
         if self.guide is not None:

@@ -81,7 +81,6 @@ class ConstraintProcessor:
         right = isinstance(temperature, (int, float)) and 0 < temperature < float("inf")
         require(right, _WHERE, "temperature", "a number above 0", repr(temperature))
         self._plans = plans_of(_WHERE, constraints, guide, max_new_tokens, min_new_tokens, limits)
-        self._one = not isinstance(constraints, Sequence)
         self._budget = max_new_tokens
         known = [plan.constraint.eos for plan in self._plans if plan is not None]
         self._ends = sorted({token for eos in known for token in eos})
@@ -195,7 +194,7 @@ class ConstraintProcessor:
 
     def _begin(self, input_ids: Tensor, scores: Tensor) -> None:
         batch = len(input_ids)
-        count = 1 if self._one else len(self._plans)
+        count = len(self._plans)
         expected = f"a number of constraints that divides the {batch} rows, as one per prompt does"
         require(batch % count == 0, _WHERE, "constraints", expected, count)
         plans = [self._plans[i * count // batch] for i in range(batch)]
@@ -225,7 +224,7 @@ class ConstraintProcessor:
         batch = len(input_ids)
         if torch.equal(input_ids[:, :-1], self._before):
             return list(range(batch))
-        count = 1 if self._one else len(self._plans)
+        count = len(self._plans)
         known: dict[tuple[int, ...], int] = {}
         for i, tokens in enumerate(self._before.tolist()):
             known.setdefault((i * count // batch, *tokens), i)

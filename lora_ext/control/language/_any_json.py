@@ -39,8 +39,8 @@ _NUMBER: Rules = {
 
 
 def json_object(depth: int, clock: Clock) -> Automaton:
-    """Return the automaton of JSON objects with spaces between their parts: at most one, or any number
-    after a value.
+    """Return the automaton of JSON objects with at most one space between their parts, and any
+    number of spaces after a value.
 
     ``depth`` is the largest number of nested objects and arrays, including the outer object. Each
     level doubles the number of states. A state consists of a place in the grammar and the open

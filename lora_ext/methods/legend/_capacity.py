@@ -1,5 +1,5 @@
-"""Speed of each device, estimated from its reports on rounds; duration of a round, and the time that
-devices wait for the slowest one."""
+"""Speed of each device, estimated from its reports on rounds; duration of a round, and the time
+that devices wait for the slowest one."""
 
 from __future__ import annotations
 
@@ -21,6 +21,13 @@ _log = logging.getLogger(__name__)
 #: Weight of a device's previous ratio f : mu (see `Estimate`), relative to a report's weight of 1.
 #: The ratio is needed if all reports have the same depth; otherwise this weight is negligible.
 _RATIO_WEIGHT = 1e-3
+
+#: Bounds of settings, which :class:`LegendConfig` has as well.
+BOUNDS = {
+    "rho": within(0, below=1),
+    "forgetting": within(above=0, maximum=1),
+    "cooldown": within(1),
+}
 
 
 class CapacityReport(NamedTuple):
@@ -101,9 +108,8 @@ class CapacityTracker:
 
     def __post_init__(self) -> None:
         table = {
-            **dict.fromkeys(("L", "max_bad", "max_timeouts", "cooldown"), within(1)),
-            "rho": within(0, below=1),
-            "forgetting": within(above=0, maximum=1),
+            **BOUNDS,
+            **dict.fromkeys(("L", "max_bad", "max_timeouts"), within(1)),
             "outlier": within(above=1, maximum=math.inf),
             "most_seconds": within(above=0, maximum=math.inf),
         }

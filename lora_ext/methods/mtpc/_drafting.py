@@ -225,7 +225,7 @@ class Steps:
         head, listed = self.head, self.head.listed
         parts: list[tuple[Tensor, Tensor, Tensor]] = []
         state, before, none = hidden, token[:, None], torch.empty(len(hidden), 0)
-        for numbers in uniforms.split(head.n_token, 1):
+        for j in range(self.chain):
             state = self.behind(state, before)
             circuit = head.narrow_circuit(state)
             if self.mode == "greedy":
@@ -237,6 +237,7 @@ class Steps:
                 before = listed.tokens(places)
                 parts.append((before, none, none))
                 continue
+            numbers = uniforms[:, j * head.n_token : (j + 1) * head.n_token]
             places, conditional, posterior = ops.circuit_sample(head.kind, *circuit, numbers)
             leaf = log_softmax(circuit.leaf.to(posterior.dtype))  # (B, n, C, L)
             law = (leaf + posterior.log()[..., None]).logsumexp(2)  # (B, n, L)

@@ -137,18 +137,12 @@ class VoraImageProcessor(BaseImageProcessor):
             TypeError: If an object is not an image, has bools as values, or a setting is unknown.
             ModuleNotFoundError: If ``images`` has a path and Pillow is missing.
         """
-        require(
-            not args,
-            "VoraImageProcessor",
-            "args",
-            "no positional argument after images",
-            len(args),
-            TypeError,
-        )
+        where = "VoraImageProcessor"
+        expected = "no positional argument after images"
+        require(not args, where, "args", expected, len(args), TypeError)
         if overrides:
             settings = {name: getattr(self, name) for name in FIELDS} | overrides
             return type(self)(**settings).preprocess(images, return_tensors=return_tensors)
-        where = "VoraImageProcessor"
         given = repr(return_tensors)
         known = return_tensors in (None, "pt", "np")
         require(known, where, "return_tensors", "None, 'pt' or 'np'", given)

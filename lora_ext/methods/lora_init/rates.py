@@ -1,6 +1,7 @@
 """Learning rates: transfer to another width, and a larger learning rate for the factor B.
 
-The growth of a feature v with the width n is an exponent: ``gamma[v] = g`` if v is of order ``n^g``.
+The growth of a feature v with the width n is described by an exponent: ``gamma[v] = g`` if v is of
+order ``n^g``.
 """
 
 from __future__ import annotations
