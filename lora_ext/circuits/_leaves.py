@@ -138,8 +138,7 @@ def _mix(old: Tensor, new: Tensor, step: float) -> Tensor:
 
 def require_min_std(where: str, min_std: float) -> None:
     """Raise ValueError unless ``min_std`` is positive and finite."""
-    positive = 0 < min_std < math.inf
-    require(positive, where, "min_std", "a positive number", min_std)
+    require(0 < min_std < math.inf, where, "min_std", "a positive number", min_std)
 
 
 class Finite(Leaf):

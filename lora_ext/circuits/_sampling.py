@@ -68,8 +68,7 @@ class _Evidence(NamedTuple):
         families = [family for family, _, _ in circuit._families()]
         if all(f.num_values() is not None or isinstance(f, Indicator) for f in families):
             return self.given.to(torch.long, copy=True)
-        floats = self.given.to(circuit.weights.dtype)
-        return torch.where(self.given < 0, torch.nan, floats)
+        return torch.where(self.given < 0, torch.nan, self.given.to(circuit.weights.dtype))
 
 
 def best_values(circuit: Parameters, filled: Tensor, missing: Tensor) -> Tensor:

@@ -79,7 +79,7 @@ class Plan:
             size, found = constraint.vocab_size, self.guide.vocab_size
             require(found == size, _WHERE, "guide", f"the constraint's vocab_size, {size}", found)
         self._steps: dict[tuple[int, int], NextTokens] = {}
-        fewest = int(constraint.distance[0])
+        fewest, self._longest = int(constraint.distance[0]), int(constraint.distance.max())
         expected = f"at least {fewest}, the length of the shortest allowed text and its end token"
         require(fewest <= budget, _WHERE, "max_new_tokens", expected, budget)
         fits = self.alive(0, budget)
@@ -104,10 +104,6 @@ class Plan:
                 open_edges = open_edges & (target != self.constraint.end)
             alive[k, source[open_edges]] = True
         return alive
-
-    @cached_property
-    def _longest(self) -> int:
-        return int(self.constraint.distance.max())
 
     def alive(self, state: int, k: int) -> bool:
         """Return whether a text in a state can still end within ``k`` tokens."""

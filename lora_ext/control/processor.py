@@ -116,8 +116,7 @@ class ConstraintProcessor:
         batch = len(input_ids)
         if self._goes_on(input_ids):
             self._warn_if_over(input_ids)
-            parents = self._parents(input_ids)
-            self._follow(parents, input_ids[:, -1].tolist())
+            self._follow(self._parents(input_ids), input_ids[:, -1].tolist())
         else:
             self._begin(input_ids, scores)
         self._before = input_ids.clone()
@@ -160,13 +159,11 @@ class ConstraintProcessor:
         start, length = self._prompt.shape[1], input_ids.shape[1]
         if length <= start or not torch.equal(input_ids[:, :start], self._prompt):
             return False
-        if length == self._before.shape[1] + 1:
-            return True
         before = self._before.shape[1]
         expected = "the rows of the last call with one more token each, or other prompts"
         found = f"{length} tokens per row after {before} (call reset() to begin a new run)"
         require(length > before, _WHERE, "input_ids", expected, found)
-        return False
+        return length == before + 1
 
     def _warn_if_over(self, input_ids: Tensor) -> None:
         """Warn once per run if ``generate`` would already have stopped.

@@ -162,8 +162,7 @@ def _canonical(automaton: Automaton) -> Automaton:
     class_of, table, final, start = _merged_columns(automaton)
     order, seen = [start], {start}
     for state in order:  # the list grows during the loop
-        row = table[state]
-        after, place = np.unique(row, return_index=True)
+        after, place = np.unique(table[state], return_index=True)
         for s in after[np.argsort(place)].tolist():
             if s >= 0 and s not in seen:
                 seen.add(s)

@@ -47,8 +47,7 @@ def block_states(blocks: Sequence[nn.Module], pairing: Pairing) -> Iterator[list
 
     with contextlib.ExitStack() as hooks:
         for index, block in enumerate(blocks):
-            handle = block.register_forward_hook(partial(keep, index), with_kwargs=True)
-            hooks.enter_context(handle)
+            hooks.enter_context(block.register_forward_hook(partial(keep, index), with_kwargs=True))
         yield states
 
 

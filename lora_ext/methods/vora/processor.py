@@ -239,8 +239,7 @@ def _to_tensor(image: Any) -> Tensor:
     assert isinstance(image, Tensor)
     image = image[None] if image.dim() == 2 else image
     fits = image.dim() == 3 and {image.shape[0], image.shape[2]} & {1, 3, 4}
-    shape = tuple(image.shape)
-    require(fits, where, "images", "shape (3, H, W), (H, W, 3) or (H, W)", shape)
+    require(fits, where, "images", "shape (3, H, W), (H, W, 3) or (H, W)", tuple(image.shape))
     if image.shape[0] not in (1, 3, 4):
         image = image.movedim(2, 0)
     return image.expand(3, -1, -1) if image.shape[0] == 1 else image[:3]
