@@ -17,8 +17,7 @@ from lora_ext._checks import require
 from lora_ext.reference import left_size
 
 from ._leaves import Leaf
-from ._regions import MAX_VARIABLE, Input, Kind, Partition, Region
-from ._scopes import PCStructureError, variables
+from ._regions import MAX_VARIABLE, Input, Kind, Partition, PCStructureError, Region, variables
 
 if TYPE_CHECKING:
     from typing_extensions import Self

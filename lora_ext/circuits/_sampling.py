@@ -18,7 +18,7 @@ from . import _structure
 from ._leaves import COUNT, Indicator
 from ._parameters import Parameters, require_tensor
 from ._program import FIRST_LEAF
-from ._scopes import variables
+from ._regions import variables
 from .multivariate import MultivariateGaussian
 
 

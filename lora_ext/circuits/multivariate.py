@@ -25,8 +25,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ._leaves import LOG_TAU, Leaf, Table, normal_quantile, require_min_std
-from ._sums import add_at
+from ._leaves import LOG_TAU, Leaf, Table, add_at, normal_quantile, require_min_std
 
 
 class _Group(NamedTuple):
