@@ -10,7 +10,8 @@ from ._algebra import Automaton, explored
 from ._limits import Clock
 
 DEPTH = 3  # levels of nested objects and arrays
-Rules = dict[str, list[tuple[Iterable[int], str]]]
+Moves = list[tuple[Iterable[int], str]]  # bytes that are read, and the next place
+Rules = dict[str, Moves]
 _DIGITS, _HEX = b"0123456789", b"0123456789abcdefABCDEF"
 _PLAIN = bytes(b for b in range(32, 127) if b not in b'"\\')
 # Multi-byte characters of UTF-8: range of the first byte, range of the second byte, and number of
@@ -72,7 +73,7 @@ def json_object(depth: int, clock: Clock) -> Automaton:
 
 def _rules() -> Rules:
     """Return the transitions that neither open nor close a container, by place."""
-    value = [(b'"', "text"), (b"-", "-"), *_NUMBER["-"]]
+    value: Moves = [(b'"', "text"), (b"-", "-"), *_NUMBER["-"]]
     rules: Rules = {place: [*moves] for place, moves in _NUMBER.items()}
     rules["value end"] = []
     for place in ("0", "1", ".1", "e1", "value end"):  # places where a value may have ended
@@ -92,7 +93,7 @@ def _rules() -> Rules:
         for i, (first, second, more) in enumerate(_LETTERS):
             rules[text].append((first, f"{text} l{i}"))
             rules[f"{text} l{i}"] = [(second, f"{text} c{more}" if more else text)]
-    key = [(b'"', "key")]
+    key: Moves = [(b'"', "key")]
     spaced: Rules = {"{": key, ",o": key, "[": value, ",a": value, ":": value}
     spaced["key end"] = [(b":", ":")]
     for place, moves in spaced.items():  # one space is allowed here
