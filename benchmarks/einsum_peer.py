@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from lora_ext.circuits import Circuit
-from lora_ext.circuits._scopes import variables
+from lora_ext.circuits._regions import variables
 
 DEPTH, REPETITIONS = 3, 4  # sizes of the RAT-SPN
 

@@ -4,9 +4,8 @@ from ._builders import chow_liu_parents
 from ._flows import Flows, Marginals
 from ._leaves import Bernoulli, Binomial, Categorical, External, Gaussian, Indicator, Leaf
 from ._program import Layered, compile_graph
-from ._regions import Input, Partition, Region
+from ._regions import Input, Partition, PCStructureError, Region
 from ._sampling import KBest, MapResult
-from ._scopes import PCStructureError
 from .circuit import Circuit, Report
 from .multivariate import MultivariateGaussian
 from .region_graph import RegionGraph

@@ -17,8 +17,7 @@ from lora_ext._checks import require
 from lora_ext.reference import left_size
 
 from ._leaves import Leaf
-from ._regions import MAX_VARIABLE, Input, Kind, Partition, Region
-from ._scopes import PCStructureError, variables
+from ._regions import MAX_VARIABLE, Input, Kind, Partition, PCStructureError, Region, variables
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -404,8 +403,7 @@ def chow_liu_parents(x: Tensor, num_categories: int) -> list[int]:
     require(isinstance(x, Tensor), where, "x", "a tensor", remedy)
     remedy = f"{x.dtype}; bin real numbers first, or call x.long() if these are whole"
     require(not x.is_floating_point() and not x.is_complex(), where, "x", "integers", remedy)
-    fits = x.dim() == 2 and x.numel() > 0
-    require(fits, where, "x", "a non-empty shape (B, n)", tuple(x.shape))
+    require(x.dim() == 2 and x.numel() > 0, where, "x", "a non-empty shape (B, n)", tuple(x.shape))
     x = x.long()
     low, high = int(x.min()), int(x.max())
     expected = f"values in 0 .. {num_categories - 1} without missing values"

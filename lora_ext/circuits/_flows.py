@@ -15,11 +15,10 @@ from torch import Tensor
 from lora_ext._checks import require
 
 from . import _structure
-from ._leaves import External, Indicator
+from ._leaves import External, Indicator, add_at, last_sum
 from ._parameters import Parameters
 from ._program import FIRST_LEAF, Weights
-from ._scopes import variables
-from ._sums import add_at, last_sum
+from ._regions import variables
 from .multivariate import MultivariateGaussian
 
 

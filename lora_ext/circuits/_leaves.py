@@ -1,4 +1,4 @@
-"""Input distributions of circuits.
+"""Input distributions of circuits, and the sums that update them.
 
 A family is a frozen dataclass that defines parameters and computations with them. A circuit stores
 the parameters of all leaf units of one family in one table, with one row per distribution. Several
@@ -22,8 +22,6 @@ from torch import Tensor
 from lora_ext import ops
 from lora_ext._checks import integer, require
 from lora_ext.reference import log_softmax
-
-from ._sums import sums_at
 
 Table = dict[str, Tensor]
 LOG_TAU = math.log(2 * math.pi)
@@ -138,8 +136,7 @@ def _mix(old: Tensor, new: Tensor, step: float) -> Tensor:
 
 def require_min_std(where: str, min_std: float) -> None:
     """Raise ValueError unless ``min_std`` is positive and finite."""
-    positive = 0 < min_std < math.inf
-    require(positive, where, "min_std", "a positive number", min_std)
+    require(0 < min_std < math.inf, where, "min_std", "a positive number", min_std)
 
 
 class Finite(Leaf):
@@ -403,3 +400,45 @@ class External(Leaf):
     :meth:`lora_ext.circuits.Circuit.log_prob` accepts ``external (B, N)``, the log-values of the N
     external leaf units in their order. These units have no parameters and cannot be sampled.
     """
+
+
+# --- sums -----------------------------------------------------------------------------------------
+# Sums in one fixed order, on every device and for any number of threads. If indices repeat,
+# `index_put_` on the CPU and `index_add_` on CUDA add with atomics, in an order that may vary.
+# `index_add_` on the CPU and `index_put_` on CUDA add in a fixed order.
+
+
+def add_at(target: Tensor, index: Tensor, values: Tensor) -> None:
+    """Add ``values[..., j]`` to ``target[..., index[j]]`` in place; indices may repeat.
+
+    ``target`` has one or two dimensions, ``index`` has one.
+    """
+    if target.device.type == "cpu":
+        target.index_add_(-1, index, values)
+    else:
+        every = [None] * (target.dim() - 1)
+        torch.ops.aten.index_put_(target, [*every, index], values, True)
+
+
+def sums_at(index: Tensor, values: Tensor, size: int) -> Tensor:
+    """Return the sums of ``values`` by index, ``(size,)``.
+
+    They are float64, because long sums of small counts would lose digits in float32.
+    """
+    sums = torch.zeros(size, dtype=torch.float64, device=values.device)
+    add_at(sums, index.flatten(), values.double().flatten())
+    return sums
+
+
+def in_rows(t: Tensor) -> Tensor:
+    """Return ``t`` with a new first axis, of size 2 if ``t`` is a single row and 1 otherwise.
+
+    torch divides the sum of a single long row among its threads, so the bits of the sum would
+    depend on the number of threads. It does not divide the sums of two rows.
+    """
+    return t.expand(2, *t.shape) if t.numel() == t.shape[-1] else t[None]
+
+
+def last_sum(t: Tensor) -> Tensor:
+    """Return ``t.sum(-1)`` in an order independent of the number of threads."""
+    return in_rows(t).sum(-1)[0]

@@ -23,7 +23,7 @@ from lora_ext._files import SafetensorsFile, parse_json
 from lora_ext.reference import log_weights
 
 from . import _structure
-from ._leaves import External, Finite, Indicator, Leaf, Table
+from ._leaves import External, Finite, Indicator, Leaf, Table, in_rows
 from ._program import (
     FIRST_LEAF,
     Execution,
@@ -33,8 +33,7 @@ from ._program import (
     root_columns,
     rows_of_one_width,
 )
-from ._scopes import variables
-from ._sums import in_rows
+from ._regions import variables
 from .multivariate import MultivariateGaussian
 from .region_graph import RegionGraph
 

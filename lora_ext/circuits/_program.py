@@ -43,7 +43,7 @@ from lora_ext._checks import require
 from lora_ext.ops import Program
 
 from ._leaves import Indicator, Leaf
-from ._scopes import PCStructureError, variables
+from ._regions import PCStructureError, variables
 from .multivariate import MultivariateGaussian
 from .region_graph import RegionGraph
 

@@ -1,4 +1,7 @@
-"""The parts of a region graph as dataclasses, and their conversion to and from untrusted JSON."""
+"""The parts of a region graph as dataclasses, and their conversion to and from untrusted JSON.
+
+A scope is a set of variables, stored as a bitset in a Python integer.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +14,6 @@ from typing import Any, Literal
 from lora_ext._checks import require
 
 from ._leaves import Bernoulli, Binomial, Categorical, External, Gaussian, Indicator, Leaf
-from ._scopes import variables
 from .multivariate import MultivariateGaussian
 
 Kind = Literal["hadamard", "kronecker"]
@@ -19,6 +21,27 @@ _FAMILIES = (Categorical, Bernoulli, Binomial, Gaussian, MultivariateGaussian, I
 FAMILIES: dict[str, type[Leaf]] = {family.__name__.lower(): family for family in _FAMILIES}
 MAX_VARIABLE = 1 << 22
 _MAX_SCOPE_BITS = 1 << 33
+
+
+class PCStructureError(ValueError):
+    """An error in the structure of a circuit; the message names the unit and the variables."""
+
+
+def variables(scope: int) -> list[int]:
+    """Return the variables of a scope, ascending."""
+    found: list[int] = []
+    while scope:
+        low = scope & -scope
+        found.append(low.bit_length() - 1)
+        scope ^= low
+    return found
+
+
+def braces(scope: int) -> str:
+    """Return a scope as text for messages, abbreviated after twelve variables."""
+    shown = variables(scope)
+    tail = ", ..." if len(shown) > 12 else ""
+    return "{" + ", ".join(map(str, shown[:12])) + tail + "}"
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from . import _structure
 from ._leaves import COUNT, Indicator
 from ._parameters import Parameters, require_tensor
 from ._program import FIRST_LEAF
-from ._scopes import variables
+from ._regions import variables
 from .multivariate import MultivariateGaussian
 
 
@@ -68,8 +68,7 @@ class _Evidence(NamedTuple):
         families = [family for family, _, _ in circuit._families()]
         if all(f.num_values() is not None or isinstance(f, Indicator) for f in families):
             return self.given.to(torch.long, copy=True)
-        floats = self.given.to(circuit.weights.dtype)
-        return torch.where(self.given < 0, torch.nan, floats)
+        return torch.where(self.given < 0, torch.nan, self.given.to(circuit.weights.dtype))
 
 
 def best_values(circuit: Parameters, filled: Tensor, missing: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ from typing import Literal
 from lora_ext._checks import require
 
 from ._leaves import Indicator
-from ._scopes import PCStructureError, braces, variables
+from ._regions import PCStructureError, braces, variables
 from .region_graph import RegionGraph
 
 Truth = Literal[True, False, "unknown"]

@@ -25,8 +25,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ._leaves import LOG_TAU, Leaf, Table, normal_quantile, require_min_std
-from ._sums import add_at
+from ._leaves import LOG_TAU, Leaf, Table, add_at, normal_quantile, require_min_std
 
 
 class _Group(NamedTuple):
@@ -205,10 +204,7 @@ class MultivariateGaussian(Leaf):
     def log_prob(self, table: Table, row: Tensor, x: Tensor) -> Tensor:
         gaussians = _gaussians(table)
 
-        def answer(group: _Group, flat: Tensor, units: Tensor) -> Tensor:
-            return gaussians.given(group, flat, units, hidden=False).log_prob
-
-        return _of_blocks(row, x, answer)
+        return _of_blocks(row, x, lambda *of: gaussians.given(*of, hidden=False).log_prob)
 
     def peak(self, table: Table, row: Tensor, x: Tensor) -> Tensor:
         """Return the log-density if the missing variables have their most probable values."""

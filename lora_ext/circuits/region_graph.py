@@ -25,8 +25,7 @@ from lora_ext._checks import require
 from . import _regions
 from ._builders import Builders
 from ._leaves import Indicator
-from ._regions import Partition, Region
-from ._scopes import PCStructureError, variables
+from ._regions import Partition, PCStructureError, Region, variables
 
 
 @dataclass(frozen=True, repr=False)

@@ -16,25 +16,7 @@ from .prior import PriorHead
 from .processor import ConstraintProcessor, Constraints, plans_of
 
 __all__ = [
-    "Block",
-    "Constraint",
-    "ConstraintProcessor",
-    "ConstraintTooLarge",
-    "Constraints",
-    "Guide",
-    "Limits",
-    "Matched",
-    "MatchedPlan",
-    "Plan",
-    "PriorHead",
-    "Row",
-    "advance",
-    "apply",
-    "distil",
-    "draw",
-    "likeliest",
-    "log_ratios",
-    "moved",
-    "plans_of",
-    "vocabulary_of",
-]
+    "Block", "Constraint", "ConstraintProcessor", "ConstraintTooLarge", "Constraints", "Guide",
+    "Limits", "Matched", "MatchedPlan", "Plan", "PriorHead", "Row", "advance", "apply",
+    "distil", "draw", "likeliest", "log_ratios", "moved", "plans_of", "vocabulary_of",
+]  # fmt: skip

@@ -29,7 +29,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lora_ext._checks import require
+from lora_ext._checks import integer, require
 
 from ._guide import Guide
 from .language import DEFAULT, Constraint, Limits, Matched
@@ -72,15 +72,14 @@ class Plan:
     def __post_init__(self) -> None:
         constraint, budget, least = self.constraint, self.budget, self.least
         for name, value, low in (("max_new_tokens", budget, 1), ("min_new_tokens", least, 0)):
-            whole = type(value) is int and value >= low
-            require(whole, _WHERE, name, f"a whole number, at least {low}", repr(value))
+            integer(_WHERE, name, value, low, expected=f"a whole number, at least {low}")
         expected = f"less than max_new_tokens ({budget}), since the last token ends the text"
         require(least < budget, _WHERE, "min_new_tokens", expected, least)
         if self.guide is not None:
             size, found = constraint.vocab_size, self.guide.vocab_size
             require(found == size, _WHERE, "guide", f"the constraint's vocab_size, {size}", found)
         self._steps: dict[tuple[int, int], NextTokens] = {}
-        fewest = int(constraint.distance[0])
+        fewest, self._longest = int(constraint.distance[0]), int(constraint.distance.max())
         expected = f"at least {fewest}, the length of the shortest allowed text and its end token"
         require(fewest <= budget, _WHERE, "max_new_tokens", expected, budget)
         fits = self.alive(0, budget)
@@ -105,10 +104,6 @@ class Plan:
                 open_edges = open_edges & (target != self.constraint.end)
             alive[k, source[open_edges]] = True
         return alive
-
-    @cached_property
-    def _longest(self) -> int:
-        return int(self.constraint.distance.max())
 
     def alive(self, state: int, k: int) -> bool:
         """Return whether a text in a state can still end within ``k`` tokens."""

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from lora_ext._checks import require
+from lora_ext._checks import integer, require
 from lora_ext.circuits import Categorical, Circuit, RegionGraph
 
 from ._guide import Guide, regions_of_hmm
@@ -88,8 +88,7 @@ def distil(
         ("em_steps", em_steps, 0),
         ("prior_steps", prior_steps, 0),
     ):
-        whole = type(value) is int and value >= low
-        require(whole, _WHERE, name, f"a whole number, at least {low}", repr(value))
+        integer(_WHERE, name, value, low, expected=f"a whole number, at least {low}")
     require(0 < held_out < 1, _WHERE, "held_out", "a share between 0 and 1", held_out)
     rows = [list(map(int, p)) for p in prompts]
     good = bool(rows) and all(rows)

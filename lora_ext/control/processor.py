@@ -81,7 +81,6 @@ class ConstraintProcessor:
         right = isinstance(temperature, (int, float)) and 0 < temperature < float("inf")
         require(right, _WHERE, "temperature", "a number above 0", repr(temperature))
         self._plans = plans_of(_WHERE, constraints, guide, max_new_tokens, min_new_tokens, limits)
-        self._one = not isinstance(constraints, Sequence)
         self._budget = max_new_tokens
         known = [plan.constraint.eos for plan in self._plans if plan is not None]
         self._ends = sorted({token for eos in known for token in eos})
@@ -117,8 +116,7 @@ class ConstraintProcessor:
         batch = len(input_ids)
         if self._goes_on(input_ids):
             self._warn_if_over(input_ids)
-            parents = self._parents(input_ids)
-            self._follow(parents, input_ids[:, -1].tolist())
+            self._follow(self._parents(input_ids), input_ids[:, -1].tolist())
         else:
             self._begin(input_ids, scores)
         self._before = input_ids.clone()
@@ -161,13 +159,11 @@ class ConstraintProcessor:
         start, length = self._prompt.shape[1], input_ids.shape[1]
         if length <= start or not torch.equal(input_ids[:, :start], self._prompt):
             return False
-        if length == self._before.shape[1] + 1:
-            return True
         before = self._before.shape[1]
         expected = "the rows of the last call with one more token each, or other prompts"
         found = f"{length} tokens per row after {before} (call reset() to begin a new run)"
         require(length > before, _WHERE, "input_ids", expected, found)
-        return False
+        return length == before + 1
 
     def _warn_if_over(self, input_ids: Tensor) -> None:
         """Warn once per run if ``generate`` would already have stopped.
@@ -195,7 +191,7 @@ class ConstraintProcessor:
 
     def _begin(self, input_ids: Tensor, scores: Tensor) -> None:
         batch = len(input_ids)
-        count = 1 if self._one else len(self._plans)
+        count = len(self._plans)
         expected = f"a number of constraints that divides the {batch} rows, as one per prompt does"
         require(batch % count == 0, _WHERE, "constraints", expected, count)
         plans = [self._plans[i * count // batch] for i in range(batch)]
@@ -225,7 +221,7 @@ class ConstraintProcessor:
         batch = len(input_ids)
         if torch.equal(input_ids[:, :-1], self._before):
             return list(range(batch))
-        count = 1 if self._one else len(self._plans)
+        count = len(self._plans)
         known: dict[tuple[int, ...], int] = {}
         for i, tokens in enumerate(self._before.tolist()):
             known.setdefault((i * count // batch, *tokens), i)

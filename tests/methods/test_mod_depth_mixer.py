@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from lora_ext import reference
 from lora_ext.methods.mod import ModConfig
-from lora_ext.methods.mod._norms import norm_form
+from lora_ext.methods.mod.layers import _norm_form
 from lora_ext.nn import DepthMixer
 
 WIDTH = 6
@@ -201,7 +201,7 @@ def test_norms_are_recognised_by_their_outputs(
     with torch.no_grad():
         for parameter in made.parameters():
             parameter.add_(0.5 * torch.randn(WIDTH, generator=torch.Generator().manual_seed(0)))
-    form = norm_form(made, "test")
+    form = _norm_form(made, "test")
     assert (form.kind, form.offset) == (kind, offset)
     hiddens = [h.to(dtype) for h in random_hiddens(1, 5)]
     mixer = DepthMixer([made], ModConfig(k=1))

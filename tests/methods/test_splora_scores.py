@@ -14,7 +14,7 @@ from methods.splora_support import blocks, dense_map, made, name_of, scaled
 
 from lora_ext.adapter import LoraAdapter
 from lora_ext.methods.splora import SploraConfig, diem, ediem_scores, pair_stats, project_factor
-from lora_ext.methods.splora._ediem import lower_quartile
+from lora_ext.methods.splora.scores import _lower_quartile
 
 V = torch.diag(torch.tensor([2.0, 0.0], dtype=torch.float64))
 ZERO = torch.zeros(2, 2, dtype=torch.float64)
@@ -340,10 +340,10 @@ def test_lower_quartile_works_beyond_the_limit_of_torch_quantile():
     values = torch.arange((1 << 24) + 5, dtype=torch.float32).flip(0)
     with pytest.raises(RuntimeError, match="too large"):
         torch.quantile(values, 0.25)
-    assert lower_quartile(values).item() == (values.numel() - 1) / 4
+    assert _lower_quartile(values).item() == (values.numel() - 1) / 4
     for n in range(1, 9):
         few = torch.randn(n, dtype=torch.float64, generator=torch.Generator().manual_seed(n))
-        torch.testing.assert_close(lower_quartile(few), torch.quantile(few, 0.25))
+        torch.testing.assert_close(_lower_quartile(few), torch.quantile(few, 0.25))
 
 
 # -------------------------------------------------------------------------------------------------

@@ -16,7 +16,7 @@ from lora_ext.circuits import (
     Partition,
     RegionGraph,
 )
-from lora_ext.circuits._scopes import variables
+from lora_ext.circuits._regions import variables
 
 _REASON = "libcirkit is not installed: pip install --no-build-isolation '.[peers]'"
 pipeline = pytest.importorskip("cirkit.pipeline", reason=_REASON)

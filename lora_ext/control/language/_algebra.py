@@ -7,14 +7,15 @@ with equal columns in the table. Symbols are bytes or tokens.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Hashable, Iterable, Sequence
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ._limits import Clock
 
+State = TypeVar("State", bound=Hashable)
 Ints = NDArray[np.integer]
 Bools = NDArray[np.bool_]
 _CHUNK = 1 << 22  # number of table entries that are filled at once
@@ -50,6 +51,35 @@ def _hash_rows(table: Ints) -> NDArray[np.uint64]:
     random, step = random | np.uint64(1), max(1, _HASHED // max(1, width))
     parts = [(_mixed(table[i : i + step]) * random).sum(1) for i in range(0, len(table), step)]
     return np.concatenate([np.empty(0, np.uint64), *parts])
+
+
+def explored(
+    start: State,
+    edges: Callable[[State], Iterable[tuple[Iterable[int], State]]],
+    width: int,
+    part: str,
+    clock: Clock,
+) -> tuple[Ints, list[State]]:
+    """Return the table of all states that can be reached from ``start``, and these states.
+
+    ``edges`` returns the transitions of a state: the classes that are read, and the next state.
+    The start is state 0.
+    """
+    number, states = {start: 0}, [start]
+    rows: list[Ints] = []
+    for state in states:  # the list grows during the loop
+        row = [-1] * width
+        for read, after in edges(state):
+            if after not in number:
+                number[after] = len(states)
+                states.append(after)
+            for letter in read:
+                row[letter] = number[after]
+        rows.append(np.array(row, np.int32))
+        clock.states(len(states), part, merged=False)
+        if len(rows) % 256 == 0:
+            clock.look(part)
+    return np.stack(rows), states
 
 
 def edges(table: Ints) -> tuple[Ints, Ints]:
@@ -132,8 +162,7 @@ def _canonical(automaton: Automaton) -> Automaton:
     class_of, table, final, start = _merged_columns(automaton)
     order, seen = [start], {start}
     for state in order:  # the list grows during the loop
-        row = table[state]
-        after, place = np.unique(row, return_index=True)
+        after, place = np.unique(table[state], return_index=True)
         for s in after[np.argsort(place)].tolist():
             if s >= 0 and s not in seen:
                 seen.add(s)

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 
 from lora_ext._checks import require
 
-from ._algebra import Automaton
+from ._algebra import Automaton, explored
 from ._limits import Clock
 from ._vocabulary import utf8
 
@@ -21,14 +21,12 @@ def choice(texts: Sequence[str], clock: Clock) -> Automaton:
     listed = [] if isinstance(texts, str) else list(texts)
     good = bool(listed) and all(isinstance(t, str) for t in listed)
     require(good, "choice", "texts", "a list of at least one text", repr(texts)[:80])
-    tree = _Tree(clock, "the bytes of all texts")
+    part = "the bytes of all texts"
+    tree = _Tree(clock, part)
     ends = {tree.add(utf8("choice", "texts", text)) for text in listed}
-    final = np.zeros(len(tree.below), bool)
-    final[sorted(ends)] = True
-    table = np.full((len(tree.below), 256), -1, np.int32)
-    for node, below in enumerate(tree.below):
-        for byte, target in below.items():
-            table[node, byte] = target
+    below = ([((byte,), after) for byte, after in node.items()] for node in tree.below)
+    table, nodes = explored(0, [*below].__getitem__, 256, part, clock)
+    final = np.array([node in ends for node in nodes])
     return Automaton(np.arange(256, dtype=np.int32), table, final, 0)
 
 
@@ -53,28 +51,21 @@ def keywords(all_of: Sequence[Group], none_of: Sequence[str], clock: Clock) -> A
     letters = sorted({b for g in [*groups, banned] for w in g for b in w})
     moves, seen = tree.moves(letters, marks)
     part = f"the words times 2^{len(groups)} sets of them that have occurred"
-    number = {(0, 0): 0}
-    order, rows = [(0, 0)], []
-    for node, have in order:  # the list grows during the loop
-        row = []
-        for target in (*moves[node], 0):  # the last target is for letters that are in no word
+
+    def edges(state: tuple[int, int]) -> Iterator[tuple[Sequence[int], tuple[int, int]]]:
+        node, have = state
+        for letter, target in enumerate(
+            (*moves[node], 0)
+        ):  # the last one is for letters of no word
             new = have | seen[target]
-            if new & never:
-                row.append(-1)
-                continue
-            at = (target, new)
-            if at not in number:
-                number[at] = len(order)
-                order.append(at)
-            row.append(number[at])
-        rows.append(row)
-        if len(rows) % 256 == 0:
-            clock.states(len(order), part, merged=False)
-            clock.look(part)
+            if not new & never:
+                yield (letter,), (target, new)
+
+    table, states = explored((0, 0), edges, len(letters) + 1, part, clock)
     class_of = np.full(256, len(letters), np.int32)
     class_of[letters] = np.arange(len(letters))
-    final = np.array([have == every for _, have in order])
-    return Automaton(class_of, np.array(rows, np.int32), final, 0)
+    final = np.array([have == every for _, have in states])
+    return Automaton(class_of, table, final, 0)
 
 
 class _Tree:

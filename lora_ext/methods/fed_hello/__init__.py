@@ -7,9 +7,8 @@ Allocation" (arXiv 2506.12213), with its repository TNI-playground/Fed_HeLLo.
 from lora_ext._on_demand import on_demand
 from lora_ext.federated import partition_dirichlet, partition_pathological
 
-from ._patterns import Pattern, gd_layers, pattern_weights, rgd_layers
+from ._patterns import Pattern, cluster_weights, gd_layers, pattern_weights, rgd_layers
 from .allocation import HLA
-from .clusters import cluster_weights
 from .config import FedHelloConfig
 from .importance import EmptyProxySet, fim_scores
 

@@ -16,12 +16,12 @@ from ._patterns import (
     Pattern,
     Weights,
     checked_weights,
+    cluster_weights,
     gd_layers,
     normalised,
     pattern_weights,
     rgd_layers,
 )
-from .clusters import cluster_weights
 from .config import FedHelloConfig, Kind
 
 

@@ -158,15 +158,15 @@ def _is_plain(layer: Any, adapter: str) -> bool:
 def _as_evaluated(model: nn.Module, trained: list[nn.Parameter]) -> Iterator[None]:
     """Set the model to evaluation mode in a ``with`` block, in which only the parameters in
     ``trained`` require gradients."""
-    flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
-    kept = {id(parameter) for parameter in trained}
+    flags = {parameter: parameter.requires_grad for parameter in model.parameters()}
+    kept = set(trained)
     try:
-        for parameter, _ in flags:
-            parameter.requires_grad_(id(parameter) in kept)
+        for parameter in flags:
+            parameter.requires_grad_(parameter in kept)
         with evaluating(model):
             yield
     finally:
-        for parameter, flag in flags:
+        for parameter, flag in flags.items():
             parameter.requires_grad_(flag)
 
 

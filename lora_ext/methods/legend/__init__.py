@@ -7,14 +7,19 @@ Source: "Adaptive Parameter-Efficient Federated Fine-Tuning on Heterogeneous Dev
 
 from lora_ext._on_demand import on_demand
 
-from ._capacity import CapacityReport, CapacityTracker, Estimate
+from ._capacity import (
+    CapacityReport,
+    CapacityTracker,
+    Estimate,
+    RoundTime,
+    SimulatedClock,
+    waiting_time,
+)
 from .allocator import LegendAllocator
 from .config import LegendConfig
 from .configurator import Configuration, LegendConfigurator
 from .prefix import PrefixCache
-from .ranks import layer_bytes, rank_distribution
-from .resizing import resize_lora, resize_state
-from .times import RoundTime, SimulatedClock, waiting_time
+from .ranks import layer_bytes, rank_distribution, resize_lora, resize_state
 
 __all__ = [
     "CapacityReport", "CapacityTracker", "Configuration", "Estimate", "LegendAllocator",

@@ -69,8 +69,7 @@ class Legend(LoraStrategy):
 
     def plan_round(self, round: int, clients: Mapping[Client, int]) -> dict[Client, LayerPlan]:
         """Return the allocator's plans of a round. A client that is resting has no plan."""
-        plans = self._allocator.plan_round(round, clients)
-        return {client: plans[client] for client in clients if client in plans}
+        return self._allocator.plan_round(round, clients)
 
     def observe(
         self, round: int, client: Client, plan: LayerPlan, metrics: Mapping[str, float]

@@ -7,6 +7,7 @@ from typing import Literal
 
 from lora_ext._checks import check_fields, require, within
 
+from . import _capacity, configurator
 from .configurator import Mode
 from .ranks import Shape, rank_distribution
 
@@ -69,17 +70,13 @@ class LegendConfig:
     depth_as_count: bool = False
 
     def __post_init__(self) -> None:
-        counts = ("total", "r_max", "k_max", "r_min", "multiple", "k_min", "max_step")
-        counts += ("cover_every", "every", "cooldown", "explore_every")
+        counts = ("total", "r_max", "k_max", "r_min", "multiple", "k_min", "every", "explore_every")
         rises = f"a number from 0 with shape {self.shape!r}"
         table = {
+            **_capacity.BOUNDS,
+            **configurator.BOUNDS,
             **dict.fromkeys(counts, within(1)),
-            "byte_budget": within(above=0),
-            "deadline": within(above=0),
             "step": {"expected": rises},
-            "eps": within(0),
-            "rho": within(0, below=1),
-            "forgetting": within(above=0, maximum=1),
         }
         check_fields(self, table)
         for holds, name, expected in (

@@ -16,11 +16,18 @@ from typing import Literal, NamedTuple
 from lora_ext._checks import check_fields, integer, number, require, within
 from lora_ext.federated import Client, LayerPlan
 
-from ._capacity import Estimate, check_estimate
-from .times import waiting_time
+from ._capacity import Estimate, check_estimate, waiting_time
 
 Mode = Literal["fastest", "utility", "balanced"]
 WHERE = "LegendConfigurator"
+
+#: Bounds of settings, which :class:`LegendConfig` has as well.
+BOUNDS = {
+    **dict.fromkeys(("max_step", "cover_every"), within(1)),
+    "byte_budget": within(above=0),
+    "deadline": within(above=0),
+    "eps": within(0),
+}
 #: Relative difference below which two times count as equal. Estimates of equally fast devices
 #: differ by the rounding of their reports, but these devices must get equal depths.
 _TIME_TOLERANCE = 1e-9
@@ -127,15 +134,8 @@ class LegendConfigurator:
 
     def __post_init__(self) -> None:
         where, L = WHERE, self.L
-        table = {
-            **dict.fromkeys(("L", "max_step", "cover_every"), within(1)),
-            "k_min": within(1, L),
-            "k_max": within(self.k_min, L),
-            "byte_budget": within(above=0),
-            "deadline": within(above=0),
-            "eps": within(0),
-        }
-        check_fields(self, table)
+        bounds = {"L": within(1), "k_min": within(1, L), "k_max": within(self.k_min, L)}
+        check_fields(self, {**BOUNDS, **bounds})
         sizes, ranks = tuple(self.bytes_per_layer), self.ranks
         for name, values in (("bytes_per_layer", sizes), ("ranks", ranks)):
             require(len(values) == L, where, name, f"one value for each of {L} layers", len(values))
@@ -295,21 +295,16 @@ class LegendConfigurator:
         """Return the depths, each limited to a change of ``max_step`` from the previous round. If
         the waiting time of the previous depths is within the tolerance ``eps``, return those."""
         before = [_depth(previous.get(d.name, k)) for d, k in zip(devices, depths, strict=True)]
-        bounds = [(self.k_min, device.deepest(math.inf)) for device in devices]
-        if all(
-            device.name in previous and low <= k <= high
-            for device, k, (low, high) in zip(devices, before, bounds, strict=True)
-        ):
+        pairs = [*zip(devices, before, strict=True)]
+        if all(d.name in previous and self.k_min <= k <= d.deepest(math.inf) for d, k in pairs):
             times = _times(devices, before)
             if waiting_time(times) < self.eps * max(times):
                 return before
-        near = [
-            min(max(k, old - self.max_step), old + self.max_step)
-            for k, old in zip(depths, before, strict=True)
-        ]
-        return [
-            min(max(k, self.k_min), device.k_max) for k, device in zip(near, devices, strict=True)
-        ]
+        found: list[int] = []
+        for (device, old), k in zip(pairs, depths, strict=True):
+            near = min(max(k, old - self.max_step), old + self.max_step)
+            found.append(min(max(near, self.k_min), device.k_max))
+        return found
 
     def _cover(
         self, devices: list[_Device], depths: list[int], previous: Mapping[Client, LayerPlan | int]

@@ -7,7 +7,6 @@ Sources: "The Impact of Initialization on LoRA Finetuning Dynamics" (Hayou, Ghos
 
 from lora_ext.layers import LoraProbe, init_lora_
 
-from .exponents import gamma_exponents
-from .groups import loraplus_param_groups, suggest_lr
+from .rates import gamma_exponents, loraplus_param_groups, suggest_lr
 
 __all__ = ["LoraProbe", "gamma_exponents", "init_lora_", "loraplus_param_groups", "suggest_lr"]

@@ -24,29 +24,21 @@ _HEAD_FIELDS = (
 )  # fmt: skip
 
 
-def check_structure(
-    where: str,
-    n_token: int,
-    rank: int,
-    kind: str,
-    emission: str | None,
-    adapter_rank: int,
-    evidence: str,
-) -> None:
-    """Raise ValueError unless the arguments describe a valid head; the message starts with
-    ``where``."""
-    choice(where, "kind", kind, KINDS)
-    if emission is not None:
-        choice(where, "emission", emission, tuple(EMISSIONS))
+def check_structure(where: str, head: Any) -> None:
+    """Raise ValueError unless the attributes of ``head`` describe a valid head; the message starts
+    with ``where``."""
+    kind = choice(where, "kind", head.kind, KINDS)
+    if head.emission is not None:
+        choice(where, "emission", head.emission, tuple(EMISSIONS))
     least = 2 if kind in ("hmm", "btree") else 1
     words = "an int", f"at least {least} for {kind!r}"
-    integer(where, "n_token", n_token, least, expected=words)
-    integer(where, "rank", rank, least, expected=words)
-    require(kind != "ff" or rank == 1, where, "rank", "1 for 'ff'", rank)
-    choice(where, "evidence", evidence, ("none", "soft"))
-    fits = kind != "ff" or evidence == "none"
-    require(fits, where, "evidence", "'none' for 'ff', which has no state", repr(evidence))
-    integer(where, "adapter_rank", adapter_rank, 1)
+    integer(where, "n_token", head.n_token, least, expected=words)
+    integer(where, "rank", head.rank, least, expected=words)
+    require(kind != "ff" or head.rank == 1, where, "rank", "1 for 'ff'", head.rank)
+    choice(where, "evidence", head.evidence, ("none", "soft"))
+    fits = kind != "ff" or head.evidence == "none"
+    require(fits, where, "evidence", "'none' for 'ff', which has no state", repr(head.evidence))
+    integer(where, "adapter_rank", head.adapter_rank, 1)
 
 
 @dataclass(frozen=True)
@@ -115,8 +107,7 @@ class MtpcConfig:
             "draft_alpha": within(above=0),
         }
         check_fields(self, table)
-        sizes = self.n_token, self.rank, self.kind, self.emission, self.adapter_rank
-        check_structure("MtpcConfig", *sizes, self.evidence)
+        check_structure("MtpcConfig", self)
         fits = self.chain == 1 or (self.chain > 1 and self.bridge > 0)
         require(fits, "MtpcConfig", "chain", "1, or more with a bridge", self.chain)
 

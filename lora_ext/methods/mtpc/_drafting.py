@@ -222,12 +222,9 @@ class Steps:
         A greedy draft uses the most likely token given the previous ones at every position, as the
         verifier does; this is not always the most likely window.
         """
-        head = self.head
-        kind = self.head.kind
-        listed = self.head.listed
-        greedy: list[Tensor] = []
+        head, listed = self.head, self.head.listed
         parts: list[tuple[Tensor, Tensor, Tensor]] = []
-        state, before = hidden, token[:, None]
+        state, before, none = hidden, token[:, None], torch.empty(len(hidden), 0)
         for j in range(self.chain):
             state = self.behind(state, before)
             circuit = head.narrow_circuit(state)
@@ -235,19 +232,19 @@ class Steps:
                 places = torch.full((len(state), head.n_token), -1, device=state.device)
                 for k in range(head.n_token):
                     at = torch.full_like(token, k)
-                    law = ops.circuit_conditional_dist(kind, *circuit, places, at)  # (B, L)
+                    law = ops.circuit_conditional_dist(head.kind, *circuit, places, at)  # (B, L)
                     places[:, k] = law.argmax(-1)
                 before = listed.tokens(places)
-                greedy.append(before)
+                parts.append((before, none, none))
                 continue
             numbers = uniforms[:, j * head.n_token : (j + 1) * head.n_token]
-            places, conditional, posterior = ops.circuit_sample(kind, *circuit, numbers)
+            places, conditional, posterior = ops.circuit_sample(head.kind, *circuit, numbers)
             leaf = log_softmax(circuit.leaf.to(posterior.dtype))  # (B, n, C, L)
             law = (leaf + posterior.log()[..., None]).logsumexp(2)  # (B, n, L)
             before = listed.tokens(places)
             parts.append((before, conditional, listed.widen(law)))
         if self.mode == "greedy":
-            return DraftedWindow.greedy(torch.cat(greedy, 1))
+            return DraftedWindow.greedy(torch.cat([tokens for tokens, _, _ in parts], 1))
         return DraftedWindow.joined(parts)
 
     def behind(self, state: Tensor, tokens: Tensor) -> Tensor:
@@ -277,21 +274,17 @@ class Steps:
         evidence = None if pending is None else torch.ones_like(pending)
         if self.mode == "greedy":  # at temperature 0 the op reads no probabilities and no leaves
             unused = target.new_zeros(draft.tokens.shape, dtype=accumulator(target.dtype))
-            leaf = target[:, :-1, None]
-            return ops.spec_verify(
-                target, draft.tokens, unused, unused[..., None], leaf, uniforms, evidence, 0.0
-            )
-        temperature = self.temperature
-        if self.top_p < 1:
-            wide = target.to(accumulator(target.dtype))
-            target, temperature = nucleus(wide / temperature, self.top_p), 1.0
-        numbers = [target, draft.conditional, draft.posterior, draft.circuit.leaf]
-        if any(t.dtype == torch.float64 for t in numbers):  # The op requires float64 for all.
-            numbers = [t.double() for t in numbers]
-        target, conditional, posterior, leaf = numbers
-        return ops.spec_verify(
-            target, draft.tokens, conditional, posterior, leaf, uniforms, evidence, temperature
-        )
+            numbers, temperature = [target, unused, unused[..., None], target[:, :-1, None]], 0.0
+        else:
+            temperature = self.temperature
+            if self.top_p < 1:
+                wide = target.to(accumulator(target.dtype))
+                target, temperature = nucleus(wide / temperature, self.top_p), 1.0
+            numbers = [target, draft.conditional, draft.posterior, draft.circuit.leaf]
+            if any(t.dtype == torch.float64 for t in numbers):  # The op requires float64 for all.
+                numbers = [t.double() for t in numbers]
+        target, *proposal = numbers
+        return ops.spec_verify(target, draft.tokens, *proposal, uniforms, evidence, temperature)
 
 
 def draw(logits: Tensor, uniforms: Tensor) -> Tensor:

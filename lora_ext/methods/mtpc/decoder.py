@@ -24,17 +24,17 @@ import copy
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import Any, get_args
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from lora_ext._checks import choice, integer, number, require
+from lora_ext._checks import check_fields, require, within
 from lora_ext.rows import Names, generation_scope, of_call, pool_of, prompt_known
 
 from ._constrained import Constrained
-from ._drafting import Mode, Steps, WindowRule
+from ._drafting import Steps
 from ._request import GeneratedRows, read_request
 from ._trunk import Trunk
 
@@ -128,12 +128,9 @@ class SpeculativeDecoder(Steps):
             behind = self.window == "condition"
             require(width == shape[1], where, "bridge", f"width {shape[1]} as in the model", width)
             require(behind, where, "window", "'condition' with a bridge", repr(self.window))
-        choice(where, "mode", self.mode, get_args(Mode))
-        choice(where, "window", self.window, get_args(WindowRule))
-        number(where, "temperature", self.temperature, above=0)
-        number(where, "top_p", self.top_p, above=0, maximum=1)
         words, most = ("an int", "1, or more with a bridge"), 1 if self.bridge is None else None
-        integer(where, "chain", self.chain, 1, most, expected=words)
+        bounds = {"temperature": within(above=0), "top_p": within(above=0, maximum=1)}
+        check_fields(self, {**bounds, "chain": within(1, most, expected=words)}, where)
 
     @torch.no_grad()
     def generate(

@@ -162,16 +162,16 @@ class CircuitHead(nn.Module):
     ):
         super().__init__()
         dtype = torch.get_default_dtype() if dtype is None else dtype
-        check_structure("CircuitHead", n_token, rank, kind, emission, adapter_rank, evidence)
-        integer("CircuitHead", "hidden_size", hidden_size, 1)
-        integer("CircuitHead", "vocab_size", vocab_size, 2)
-        known = dtype in FLOATS
-        require(known, "CircuitHead", "dtype", f"one of {FLOATS}", dtype, NotImplementedError)
         self.hidden_size, self.vocab_size = hidden_size, vocab_size
         self.n_token, self.rank, self.kind = n_token, rank, kind
         self.emission, self.adapter_rank = emission, adapter_rank
         self.contextual, self.share_transitions = contextual, share_transitions
         self.init_identity, self.evidence = init_identity, evidence
+        check_structure("CircuitHead", self)
+        integer("CircuitHead", "hidden_size", hidden_size, 1)
+        integer("CircuitHead", "vocab_size", vocab_size, 2)
+        known = dtype in FLOATS
+        require(known, "CircuitHead", "dtype", f"one of {FLOATS}", dtype, NotImplementedError)
         ids = None if shortlist is None else checked_ids(shortlist, vocab_size)
         if ids is not None:
             ids = ids.to(torch.empty(0, device=device).device)  # torch's default device if None

@@ -49,8 +49,7 @@ class DraftTail(nn.Module):
         super().__init__()
         stack = decoder_layers(model)
         fits = 1 <= num_layers <= len(stack)
-        count = f"a number from 1 to {len(stack)}"
-        require(fits, "DraftTail", "num_layers", count, num_layers)
+        require(fits, "DraftTail", "num_layers", f"a number from 1 to {len(stack)}", num_layers)
         found = "an attached model; detach it, or draft with only a head (draft_layers=0)"
         require(pool_of(model) is None, "DraftTail", "model", "a model without a pool", found)
         # Not registered as children: they belong to the model.

@@ -6,11 +6,9 @@ Source: "Planning vs Reasoning: Ablations to Test Capabilities of LoRA layers" (
 
 from lora_ext.adapter import effective_rank, lora_singular_values, rank_report
 
-from .monitor import RankMonitor
-from .solver import solve
-from .sweep import SweepPoint, rank_sweep, select_modules
+from .ranks import RankMonitor, SweepPoint, rank_sweep, select_modules
 from .symbols import SymbolModel, collate_symbols, encode_symbols
-from .tasks import HashChain, HashHop, HashInstance
+from .tasks import HashChain, HashHop, HashInstance, solve
 from .text import collate, evaluate
 
 __all__ = [

@@ -4,6 +4,7 @@ minute."""
 from __future__ import annotations
 
 import random
+from collections import OrderedDict
 from collections.abc import Sequence
 from typing import Any
 
@@ -125,7 +126,8 @@ class _Block(nn.Module):
         super().__init__()
         self.ln_1, self.ln_2 = nn.LayerNorm(width), nn.LayerNorm(width)
         self.attn = _Attention(width, heads)
-        self.mlp = _Mlp(width)
+        c_fc, c_proj = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
+        self.mlp = nn.Sequential(OrderedDict(c_fc=c_fc, gelu=nn.GELU(), c_proj=c_proj))
 
     def forward(self, x: Tensor, mask: Tensor) -> Tensor:
         x = x + self.attn(self.ln_1(x), mask)
@@ -145,13 +147,3 @@ class _Attention(nn.Module):
         q, k, v = split.permute(2, 0, 3, 1, 4)  # (B, heads, E + 1, D / heads)
         mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
         return self.c_proj(mixed.transpose(1, 2).reshape(batch, length, width))
-
-
-class _Mlp(nn.Module):
-    def __init__(self, width: int):
-        super().__init__()
-        self.c_fc = nn.Linear(width, 4 * width)
-        self.c_proj = nn.Linear(4 * width, width)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.c_proj(F.gelu(self.c_fc(x)))

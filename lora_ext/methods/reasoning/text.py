@@ -189,11 +189,8 @@ def _answer_ids(tokenizer: Any, instance: HashInstance) -> list[int]:
 def _pad_id(tokenizer: Any) -> int:
     """Return an id for padding; if the tokenizer has none, any id is valid, since padding is
     masked."""
-    for name in ("pad_token_id", "eos_token_id"):
-        found = getattr(tokenizer, name, None)
-        if found is not None:
-            return found
-    return 0
+    known = (getattr(tokenizer, name, None) for name in ("pad_token_id", "eos_token_id"))
+    return next((token for token in known if token is not None), 0)
 
 
 def _padded(rows: Sequence[list[int]], value: int, left: bool = False) -> Tensor:

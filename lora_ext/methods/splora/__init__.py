@@ -8,12 +8,17 @@ LLMs" (arXiv 2506.18931); the metric E-DIEM after arXiv 2407.08623; the projecti
 (arXiv 2405.16833).
 """
 
-from ._ediem import DegenerateReferenceError, diem
 from ._projection import ZeroAlignmentError, project_factor
 from .config import SploraConfig
-from .live import apply_to, remove
-from .pruning import SploraResult, apply, project, select_layers
-from .scores import LayerStats, ediem_scores, pair_stats, size_correlation
+from .pruning import SploraResult, apply, apply_to, project, remove, select_layers
+from .scores import (
+    DegenerateReferenceError,
+    LayerStats,
+    diem,
+    ediem_scores,
+    pair_stats,
+    size_correlation,
+)
 
 __all__ = [
     "DegenerateReferenceError", "LayerStats", "SploraConfig", "SploraResult", "ZeroAlignmentError",

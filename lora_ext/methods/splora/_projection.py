@@ -149,8 +149,7 @@ class WeightPair:
                 "SploraConfig(on_zero_alignment='skip') keeps such layers unscored"
             )
         if not math.isfinite(norm):
-            weights = {"base weight": self.base, "aligned weight": self.aligned}
-            check_finite(self.where, **weights)
+            check_finite(self.where, **{"base weight": self.base, "aligned weight": self.aligned})
         return product, square.sqrt()
 
     def times(self, factor: Tensor) -> Tensor:

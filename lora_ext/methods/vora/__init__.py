@@ -11,12 +11,11 @@ from ._embed import VisionPatchEmbed, smart_resize
 from ._modalities import modality
 from ._placement import apply, merge, remove
 from .config import VoraConfig
-from .distill import DistillHeads, block_distill_loss
+from .distill import DistillHeads, TeacherStates, block_distill_loss, teacher_states
 from .files import from_peft, load_state_dict, state_dict, to_peft
 from .layers import UnmergeableRouteError, VoraLinear
 from .model import VoraForCausalLM
 from .splice import Spliced, build_vision_mask, splice_images
-from .teacher import TeacherStates, teacher_states
 
 if TYPE_CHECKING:
     from .processor import VoraImageProcessor

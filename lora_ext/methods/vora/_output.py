@@ -5,13 +5,7 @@ from __future__ import annotations
 import dataclasses
 
 from torch import Tensor
-
-try:
-    from transformers.utils.generic import ModelOutput
-except ImportError as error:
-    raise ImportError(
-        "VoraOutput: transformers is not installed; run `pip install transformers`"
-    ) from error
+from transformers.utils.generic import ModelOutput
 
 
 @dataclasses.dataclass

@@ -33,28 +33,21 @@ def block_states(blocks: Sequence[nn.Module], pairing: Pairing) -> Iterator[list
     states: list[Any] = [None] * len(blocks)
     thread, trains = threading.get_ident(), torch.is_grad_enabled()
 
-    def keep(index: int, hidden: Any) -> None:
+    def keep(index: int, _: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
         if threading.get_ident() != thread:
             return
         fits = not trains or torch.is_grad_enabled()
         expected = "use_reentrant=False"
         found = "a reentrant checkpoint, whose hidden states have no gradient"
         require(fits, "VoraForCausalLM", "gradient_checkpointing_kwargs", expected, found)
+        hidden = output
+        if pairing == "released":
+            hidden = args[0] if args else kwargs["hidden_states"]
         states[index] = hidden[0] if isinstance(hidden, tuple) else hidden
-
-    def of_output(index: int, _: nn.Module, __: Any, output: Any) -> None:
-        keep(index, output)
-
-    def of_input(index: int, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        keep(index, args[0] if args else kwargs["hidden_states"])
 
     with contextlib.ExitStack() as hooks:
         for index, block in enumerate(blocks):
-            if pairing == "output":
-                handle = block.register_forward_hook(partial(of_output, index))
-            else:
-                handle = block.register_forward_pre_hook(partial(of_input, index), with_kwargs=True)
-            hooks.enter_context(handle)
+            hooks.enter_context(block.register_forward_hook(partial(keep, index), with_kwargs=True))
         yield states
 
 

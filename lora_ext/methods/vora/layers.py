@@ -147,8 +147,7 @@ class VoraLinear(LoraLinear):
         """
         if token_mask is None or self.route == "all":
             return super().forward(x, adapter_ids)
-        alone = adapter_ids is None
-        require(alone, "VoraLinear", "token_mask", "None with adapter_ids", "a mask")
+        require(adapter_ids is None, "VoraLinear", "token_mask", "None with adapter_ids", "a mask")
         with modality(token_mask):
             return super().forward(x)
 

@@ -137,18 +137,12 @@ class VoraImageProcessor(BaseImageProcessor):
             TypeError: If an object is not an image, has bools as values, or a setting is unknown.
             ModuleNotFoundError: If ``images`` has a path and Pillow is missing.
         """
-        require(
-            not args,
-            "VoraImageProcessor",
-            "args",
-            "no positional argument after images",
-            len(args),
-            TypeError,
-        )
+        where = "VoraImageProcessor"
+        expected = "no positional argument after images"
+        require(not args, where, "args", expected, len(args), TypeError)
         if overrides:
             settings = {name: getattr(self, name) for name in FIELDS} | overrides
             return type(self)(**settings).preprocess(images, return_tensors=return_tensors)
-        where = "VoraImageProcessor"
         given = repr(return_tensors)
         known = return_tensors in (None, "pt", "np")
         require(known, where, "return_tensors", "None, 'pt' or 'np'", given)
@@ -245,8 +239,7 @@ def _to_tensor(image: Any) -> Tensor:
     assert isinstance(image, Tensor)
     image = image[None] if image.dim() == 2 else image
     fits = image.dim() == 3 and {image.shape[0], image.shape[2]} & {1, 3, 4}
-    shape = tuple(image.shape)
-    require(fits, where, "images", "shape (3, H, W), (H, W, 3) or (H, W)", shape)
+    require(fits, where, "images", "shape (3, H, W), (H, W, 3) or (H, W)", tuple(image.shape))
     if image.shape[0] not in (1, 3, 4):
         image = image.movedim(2, 0)
     return image.expand(3, -1, -1) if image.shape[0] == 1 else image[:3]

@@ -101,8 +101,7 @@ def splice_images(
     for sample, tokens in enumerate(images):
         for number, one in enumerate(tokens):
             fits = one.dim() == 2 and one.shape[1] == text.shape[1] and len(one) > 0
-            which = f"sample {sample}, image {number}"
-            require(fits, where, which, expected, tuple(one.shape))
+            require(fits, where, f"sample {sample}, image {number}", expected, tuple(one.shape))
 
     rows: list[tuple[Tensor, ...]] = []
     texts = text.split(is_text.sum(1).tolist())
