@@ -56,12 +56,20 @@ LX_DEVICE void multiply(const T* const (&x)[2], const T* const (&a)[kGroupPages]
     }
 }
 
-// Four blocks per multiprocessor; three for float32, since a float becomes two tf32.
-template <class T>
-constexpr int kMinBlocks = sizeof(T) == 2 ? 4 : 3;
+// Four blocks per multiprocessor; three for float32, since a float becomes two tf32, and for
+// unaligned rows on Blackwell, where registers would spill.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000
+constexpr int kUnalignedBlocks = 3;
+#else
+constexpr int kUnalignedBlocks = 4;
+#endif
+template <class T, bool kAligned>
+constexpr int kMinBlocks = sizeof(T) > 2 ? 3
+                           : kAligned    ? 4
+                                         : kUnalignedBlocks;
 
 template <class T, bool kAligned, int kModules>
-__global__ void __launch_bounds__(kWarps * 32, kMinBlocks<T>)
+__global__ void __launch_bounds__(kWarps * 32, kMinBlocks<T, kAligned>)
     lora_shrink_decode_kernel(const __grid_constant__ Modules<kModules> modules,
                               const __grid_constant__ Tiling tiling, int rank_groups) {
     // For float32, narrow addresses would make ptxas delay half of the loads.
