@@ -39,8 +39,8 @@ CLAIM = Claim(
     use="you want to prune an adapter without data or training, and can give up a seventh of its "
     "task's gain",
     avoid="you can give up half of the gain (then any order of pruning restores the refusals), or "
-    "harmless questions must be answered (in an earlier protocol, pruned models refused up to 0.64 "
-    "of them, randomly pruned ones 0.96)",
+    "harmless questions must be answered (earlier, pruned models refused up to 0.64 of them, "
+    "randomly pruned ones 0.96)",
     seeds=3,
     earlier="at half of the gain, every rule is at 0.98 to 1.00; at 85 %, E-DIEM smallest first "
     "0.95, random 0.79, Safe LoRA 0.51, with 0.32 of harmless questions refused (revision "

@@ -836,8 +836,8 @@ WHY = [
         "a captured step*: 1",
         "The captured step with one adapter",
         "the 256 launches take 320 us to start, find their rows and load once, 280 for a warp's "
-        "instructions, and 59 more for bytes of y. A shrink may not read the plan before the "
-        "previous kernel, which may write it, ends (51 us). The floor has 1.1 us per launch.",
+        "instructions, and 59 for bytes of y. A shrink waits for the previous kernel, which may "
+        "write the plan (51 us). The floor has 1.1 us per launch.",
     ),
     Reason(
         "lora_gemm_kernel<*",
