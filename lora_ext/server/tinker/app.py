@@ -136,7 +136,7 @@ async def _read(request: Request) -> Answer:
 
 
 class _Routes(Api):
-    """Routes whose requests have a JSON body: the methods named in ``_POSTS``.
+    """Handlers of the routes in ``_POSTS``; requests have a JSON body.
 
     Their arguments are the API key and the fields of the body.
     """
@@ -232,7 +232,7 @@ class _Routes(Api):
 
 
 def _add_others(app: FastAPI, api: Api) -> None:
-    """Add the routes whose requests have no JSON body, or whose responses may be binary."""
+    """Add the routes that take no JSON body or may answer with bytes."""
 
     @app.post("/api/v1/sessions/{session}/finish")
     def finish(session: str, request: Request) -> Answer:
