@@ -45,7 +45,7 @@ BELOW: dict[str, str] = {
 }
 MOST_FILES = 15  # Python files in one folder
 MOST_LINES = 60  # lines of code in one function
-MOST_CODE = 37_738
+MOST_CODE = 37_755
 MOST_CHECKS = 0.094  # share of lines of code that check arguments
 MOST_TESTS = 74_436  # lines of tests/**/*.py
 MOST_LOOSE = 0  # functions and classes without underscore that are in no __all__

@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import itertools
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, NamedTuple
 
@@ -157,32 +157,20 @@ def average(rules: Rules, updates: Iterable[Update]) -> Aggregate:
     clipped = {reply.client: reply.factor for reply in replies if reply.factor != 1}
     result = Aggregate(dict(state), accepted, rejected, uncovered, clipped=clipped)
 
-    def mean() -> Aggregate:
-        round_ = _Round(rules, replies)
+    if len(accepted) < settings.min_replies:
+        few = f"replies: expected at least {settings.min_replies}, found {len(accepted)}"
+        return replace(result, skipped=True, reason=few)
+    round_ = _Round(rules, replies)
+    try:
         for pair in rules.pairs:
             round_.add(pair, scales[pair.module])
         for key in settings.shared:
             if parts := round_.parts(key):
                 round_.write(key, _mean(parts))
-        new = {**result.state, **round_.new}
-        return replace(result, state=new, noise=round_.noise(), stacked=round_.stacked)
-
-    return unless_skipped(result, settings.min_replies, mean)
-
-
-def unless_skipped(result: Aggregate, least: int, mean: Callable[[], Aggregate]) -> Aggregate:
-    """Return ``mean()``, or ``result`` as a skipped round.
-
-    A round is skipped if it has less than ``least`` accepted replies, or if a value is too large.
-    """
-    found = len(result.accepted)
-    if found < least:
-        few = f"replies: expected at least {least}, found {found}"
-        return replace(result, skipped=True, reason=few)
-    try:
-        return mean()
     except TooLarge as error:
         return replace(result, skipped=True, reason=str(error))
+    new = {**result.state, **round_.new}
+    return replace(result, state=new, noise=round_.noise(), stacked=round_.stacked)
 
 
 class _Round:

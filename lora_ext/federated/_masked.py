@@ -17,11 +17,22 @@ import torch
 from torch import Tensor
 
 from lora_ext._checks import number, renamed, require
-from lora_ext.adapter import rounded
+from lora_ext.adapter import TooLarge, rounded
 
-from ._aggregation import Aggregate, unless_skipped
+from ._aggregation import Aggregate
 from ._plan import PATTERN, Pair, layer_pairs
-from ._update import Rules, Settings, Update, Upload, accept, checked, need, weight_of
+from ._update import (
+    Rejected,
+    Rules,
+    Settings,
+    Update,
+    Upload,
+    accept,
+    checked,
+    need,
+    unchecked,
+    weight_of,
+)
 
 
 @torch.no_grad()
@@ -155,24 +166,33 @@ def average_masked(rules: Rules, updates: Sequence[Update]) -> Aggregate:
     """
     state, pairs, settings = rules.state, rules.pairs, rules.settings
     shapes = masked_shapes(pairs, state)
-    check = functools.partial(_checked_sums, rules=rules, shapes=shapes)
-    found, rejected = accept(updates, check)
+    once, rejected = accept(updates, unchecked)
+    found: list[Update] = []
+    for update in once:
+        try:
+            _check_sums(update, rules, shapes)
+            found.append(update)
+        except Rejected as error:
+            rejected[update.client] = f"client {update.client}: {error}"
     trained = {layer for update in found for layer in update.plan.layers}
     uncovered = tuple(sorted({pair.layer for pair in pairs} - trained))
     clients = tuple(update.client for update in found)
     result = Aggregate(dict(state), clients, rejected, uncovered)
 
-    def mean() -> Aggregate:
-        sums = {key: torch.zeros(shape, dtype=torch.float64) for key, shape in shapes.items()}
-        for update in found:
-            for key, total in sums.items():
-                total += update.tensors[key].double()
+    if len(found) < settings.min_replies:
+        few = f"replies: expected at least {settings.min_replies}, found {len(found)}"
+        return replace(result, skipped=True, reason=few)
+    sums = {key: torch.zeros(shape, dtype=torch.float64) for key, shape in shapes.items()}
+    for update in found:
+        for key, total in sums.items():
+            total += update.tensors[key].double()
+    try:
         return replace(result, state=_divided(pairs, state, sums, settings.server_lr))
+    except TooLarge as error:
+        return replace(result, skipped=True, reason=str(error))
 
-    return unless_skipped(result, settings.min_replies, mean)
 
-
-def _checked_sums(update: Update, rules: Rules, shapes: Mapping[str, tuple[int, ...]]) -> Update:
+def _check_sums(update: Update, rules: Rules, shapes: Mapping[str, tuple[int, ...]]) -> None:
     weight = 1.0
     if rules.settings.weighted_by is not None:
         weight = weight_of(update.num_examples)
@@ -193,7 +213,6 @@ def _checked_sums(update: Update, rules: Rules, shapes: Mapping[str, tuple[int, 
         for axis, key in enumerate((pair.a, pair.b)):
             beyond = int(update.tensors[key].narrow(axis, rank, full - rank).count_nonzero())
             need(beyond == 0, key, f"zeros beyond rank {rank}", f"{beyond} other values")
-    return update
 
 
 def _wide(value: Tensor) -> torch.dtype:

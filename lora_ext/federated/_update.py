@@ -180,6 +180,11 @@ def accept(
     return replies, reasons
 
 
+def unchecked(update: Update) -> Update:
+    """Return a reply as it is."""
+    return update
+
+
 def checked(update: Update, rules: Rules) -> Reply:
     """Return a reply that can be averaged; raise :class:`Rejected` if it cannot."""
     need(not update.failed, "reply", "a trained update", "one marked as failed")
