@@ -14,7 +14,7 @@ from scripts import load_script
 from lora_ext.federated import LayerPlan, LocalGrid, LoraStrategy, make_client_app
 from lora_ext.federated.flower import from_arrays, to_arrays
 
-MOST_STAYS = 11  # maximum number of files in a round's calls; one is adapter's, for rounding
+MOST_STAYS = 10  # maximum number of files through which the calls of a round may pass
 
 
 def local(nodes: int = 3, **settings: Any) -> LocalGrid:
