@@ -47,8 +47,8 @@ CLAIM = Claim(
     "1b90df0): not reproduced, at a ceiling",
     gate="tuning costs 0.3 of the refusals, random pruning is between 0.2 and 0.9, and the aligned "
     "model refuses at most 0.1 of harmless requests",
-    needs="a model that has learned to tell harmful from harmless requests, and loses this "
-    "gradually when its layers are pruned",
+    needs="an aligned model that refuses few harmless requests, and an adapter of which random "
+    "pruning restores some refusals",
 )
 ANGLE = {"score": "angle", "projection": "orthogonal", "energy": 0.9}
 #: Rules that score modules: the score, and whether the largest or smallest are pruned first.

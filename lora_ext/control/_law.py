@@ -61,8 +61,9 @@ class Row:
             plan: Plan of the row.
             prior: Guide's distribution of its first state, ``(H,)``; None for its ``initial``.
         """
-        law = plan.guide.initial if plan.guide is not None and prior is None else prior
-        return cls(plan, 0, plan.budget, law)
+        if plan.guide is None:
+            return cls(plan, 0, plan.budget)
+        return cls(plan, 0, plan.budget, plan.guide.initial if prior is None else prior)
 
     @property
     def ended(self) -> bool:

@@ -6,7 +6,6 @@ r rank, I inputs and O outputs of a module.
 
 from __future__ import annotations
 
-import functools
 import itertools
 import math
 from collections.abc import Iterable, Mapping, Sequence
@@ -20,7 +19,7 @@ from lora_ext._checks import number, require
 from lora_ext.adapter import PREFIX, TooLarge, able_to_learn, norm_of, padded, rounded, truncated
 
 from ._plan import PATTERN, Client, Pair, layer_pairs
-from ._update import NanPolicy, RankAgg, Reply, Rules, Settings, Update, Upload, accept, checked
+from ._update import NanPolicy, RankAgg, Reply, Rules, Settings, Update, Upload, accept
 
 WHERE = "aggregate"
 
@@ -150,13 +149,12 @@ def average(rules: Rules, updates: Iterable[Update]) -> Aggregate:
     for key in settings.shared:
         require(key in state, WHERE, "shared", "names of tensors of the state", repr(key))
     scales = _scales(settings.scaling, rules.pairs)
-    replies, rejected = accept(updates, functools.partial(checked, rules=rules))
+    replies, rejected = accept(updates, rules)
     accepted = tuple(reply.client for reply in replies)
     trained = {rules.layers[key] for reply in replies for key in reply.tensors if key in rules.axes}
     uncovered = tuple(sorted(set(rules.layers.values()) - trained))
     clipped = {reply.client: reply.factor for reply in replies if reply.factor != 1}
     result = Aggregate(dict(state), accepted, rejected, uncovered, clipped=clipped)
-
     if len(accepted) < settings.min_replies:
         few = f"replies: expected at least {settings.min_replies}, found {len(accepted)}"
         return replace(result, skipped=True, reason=few)

@@ -8,7 +8,6 @@ each module. The server divides the sum of the layers by the sum of the weights.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Literal
@@ -28,9 +27,8 @@ from ._update import (
     Update,
     Upload,
     accept,
-    checked,
     need,
-    unchecked,
+    once,
     weight_of,
 )
 
@@ -64,7 +62,7 @@ def masked_payload(
     with renamed("masked_payload"):
         settings = Settings(upload=upload, weighted_by=weighted_by, max_update_norm=max_update_norm)
     rules = Rules(state, pairs, settings)
-    replies, rejected = accept([update], functools.partial(checked, rules=rules))
+    replies, rejected = accept([update], rules)
     if not replies:
         raise ValueError(f"masked_payload: {rejected[update.client]}")
     (reply,) = replies
@@ -166,9 +164,9 @@ def average_masked(rules: Rules, updates: Sequence[Update]) -> Aggregate:
     """
     state, pairs, settings = rules.state, rules.pairs, rules.settings
     shapes = masked_shapes(pairs, state)
-    once, rejected = accept(updates, unchecked)
+    replies, rejected = once(updates)
     found: list[Update] = []
-    for update in once:
+    for update in replies:
         try:
             _check_sums(update, rules, shapes)
             found.append(update)
@@ -178,7 +176,6 @@ def average_masked(rules: Rules, updates: Sequence[Update]) -> Aggregate:
     uncovered = tuple(sorted({pair.layer for pair in pairs} - trained))
     clients = tuple(update.client for update in found)
     result = Aggregate(dict(state), clients, rejected, uncovered)
-
     if len(found) < settings.min_replies:
         few = f"replies: expected at least {settings.min_replies}, found {len(found)}"
         return replace(result, skipped=True, reason=few)

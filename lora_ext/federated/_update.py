@@ -8,9 +8,9 @@ from __future__ import annotations
 import functools
 import math
 import numbers
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -20,7 +20,6 @@ from lora_ext._checks import check_fields, choice, require, within
 
 from ._plan import PATTERN, Client, LayerPlan, Pair
 
-T = TypeVar("T")
 RankAgg = Literal["covered", "zero_pad", "fro", "svd", "stack"]
 Upload = Literal["delta", "value"]
 NanPolicy = Literal["drop_client", "drop_tensor", "raise"]
@@ -142,20 +141,12 @@ def need(holds: bool, name: str, expected: object, found: object) -> None:
         raise Rejected(f"{name:.200}: expected {expected}, found {found!s:.200}")
 
 
-def accept(
-    updates: Iterable[Update], check: Callable[[Update], T]
-) -> tuple[list[T], dict[Client, str]]:
-    """Check the replies of a round.
+def once(updates: Iterable[Update]) -> tuple[list[Update], dict[Client, str]]:
+    """Return one reply of each client, sorted by client, and the reason of each rejection.
 
-    Args:
-        updates: replies. The replies of one client must be bitwise equal, and count once.
-        check: function that returns the checked reply, or raises :class:`Rejected`.
-
-    Returns:
-        the checked replies, sorted by client, and the reason of each rejection by client.
+    The replies of a client must be bitwise equal, and count once.
 
     Raises:
-        ValueError: If a value is not finite and ``nan_policy="raise"``.
         TypeError: If an element of ``updates`` is not an :class:`Update`.
     """
     by_client: dict[Client, list[Update]] = {}
@@ -164,28 +155,42 @@ def accept(
         known = isinstance(update, Update)
         require(known, "aggregate", "updates", "Update values", kind, TypeError)
         by_client.setdefault(update.client, []).append(update)
-    replies: list[T] = []
+    replies: list[Update] = []
     reasons: dict[Client, str] = {}
     # Integers are sorted before strings, since Python cannot compare the two types.
     for client in sorted(by_client, key=lambda client: (isinstance(client, str), client)):
         first, *others = by_client[client]
-        try:
-            once = all(_same(first, other) for other in others)
-            need(once, "reply", "one reply, or several equal ones", "two that differ")
-            replies.append(check(first))
-        except Rejected as error:
-            reasons[client] = f"client {client}: {error}"
-            if isinstance(error, _EndsRound):
-                raise ValueError(f"aggregate: {reasons[client]}") from None
+        if all(_same(first, other) for other in others):
+            replies.append(first)
+        else:
+            expected = "one reply, or several equal ones"
+            reasons[client] = f"client {client}: reply: expected {expected}, found two that differ"
     return replies, reasons
 
 
-def unchecked(update: Update) -> Update:
-    """Return a reply as it is."""
-    return update
+def accept(updates: Iterable[Update], rules: Rules) -> tuple[list[Reply], dict[Client, str]]:
+    """Check the replies of a round.
+
+    Returns:
+        the accepted replies, sorted by client, and the reason of each rejection by client.
+
+    Raises:
+        ValueError: If a value is not finite and ``nan_policy="raise"``.
+        TypeError: If an element of ``updates`` is not an :class:`Update`.
+    """
+    replies: list[Reply] = []
+    found, reasons = once(updates)
+    for update in found:
+        try:
+            replies.append(_checked(update, rules))
+        except Rejected as error:
+            reasons[update.client] = f"client {update.client}: {error}"
+            if isinstance(error, _EndsRound):
+                raise ValueError(f"aggregate: {reasons[update.client]}") from None
+    return replies, reasons
 
 
-def checked(update: Update, rules: Rules) -> Reply:
+def _checked(update: Update, rules: Rules) -> Reply:
     """Return a reply that can be averaged; raise :class:`Rejected` if it cannot."""
     need(not update.failed, "reply", "a trained update", "one marked as failed")
     plan: Any = update.plan

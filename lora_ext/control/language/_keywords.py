@@ -54,9 +54,8 @@ def keywords(all_of: Sequence[Group], none_of: Sequence[str], clock: Clock) -> A
 
     def edges(state: tuple[int, int]) -> Iterator[tuple[Sequence[int], tuple[int, int]]]:
         node, have = state
-        for letter, target in enumerate(
-            (*moves[node], 0)
-        ):  # the last one is for letters of no word
+        targets = (*moves[node], 0)  # the last one is for letters that are in no word
+        for letter, target in enumerate(targets):
             new = have | seen[target]
             if not new & never:
                 yield (letter,), (target, new)
