@@ -4,8 +4,8 @@ SmolLM2-135M in float32 reads 1024 tokens as the base model. Each of eight adapt
 them with eight more tokens, one after another, by continuous batching. Activated adapters (alora)
 reuse the text's cache; ordinary ones (lora) read the whole text again. PEFT (peft) generates with
 the activated adapter and keeps no cache between adapters. "median" is the time to the first token
-in ms, "tokens" the number of tokens computed for it. Every first token is compared with PEFT's
-before a number is written. Rows are appended to OUT/alora_cpu.csv.
+in ms, "tokens" the number of tokens that were computed before that token was known. Every first
+token is compared with PEFT's before a number is written. Rows are appended to OUT/alora_cpu.csv.
 
 `--check` runs a tiny random model, checks tokens and counts, and writes no times.
 """
@@ -61,7 +61,8 @@ TINY = Case(adapters=3, read=64, asked=6, page=16, rank=4, size=0.3)
 
 
 def tiny_model() -> Any:
-    """Return a Llama of two layers whose tokens are changed by adapters."""
+    """Return a random Llama of two layers with large weights, so that adapters change its
+    tokens."""
     torch.manual_seed(0)
     heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "num_hidden_layers": 2}
     config = LlamaConfig(vocab_size=97, hidden_size=32, intermediate_size=48, **heads)
@@ -105,8 +106,8 @@ def prompts(case: Case, vocab: int) -> tuple[list[int], list[int]]:
 
 
 def of_peft(wrapped: Any, prompt: list[int], names: list[str]) -> list[tuple[int, float, int]]:
-    """Return, for each adapter, PEFT's first token, the seconds until it, and the number of tokens
-    computed for it."""
+    """Return, for each adapter, PEFT's first token, the seconds until this token, and the number of
+    tokens computed for it."""
     found = []
     for name in names:
         wrapped.set_adapter(name)
@@ -120,7 +121,7 @@ def of_peft(wrapped: Any, prompt: list[int], names: list[str]) -> list[tuple[int
 def of_manager(
     model: Any, case: Case, text: list[int], ask: list[int], names: list[str]
 ) -> list[tuple[int, float, int]]:
-    """Return the same as ``of_peft``, from continuous batching after the base model has read the
+    """Return the values of ``of_peft`` for continuous batching, after the base model has read the
     text."""
     manager = model.init_continuous_batching(
         GenerationConfig(max_new_tokens=1, do_sample=False, eos_token_id=-1),

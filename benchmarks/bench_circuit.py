@@ -2,8 +2,8 @@
 
 The scan of a window is compared with plain torch, eager and under torch.compile: log_softmax of the
 logits, then one logsumexp per position, which yields the probability of every prefix. Values and
-gradients are checked before they are timed; the fastest of each case is listed first. Rows are
-appended to OUT/circuit_<device>.csv. The first run compiles for a minute.
+gradients are checked before they are timed. In each case, the fastest function is listed first.
+Rows are appended to OUT/circuit_<device>.csv. The first run compiles for a minute.
 """
 
 from __future__ import annotations
@@ -52,10 +52,10 @@ class Row:
     us: float
     p20: float
     p80: float
-    over_lora_ext: float  # time over lora_ext's, same rounds
+    over_lora_ext: float  # time divided by lora_ext's in the same rounds
     gbytes_per_s: float  # logits read (and gradients written) once
-    of_copy: float  # gbytes_per_s over the machine's copy bandwidth, same rounds
-    worst_error: float  # error of log p over 2e-6 (1 + |log p|), of gradients over 1e-4
+    of_copy: float  # gbytes_per_s divided by the machine's copy bandwidth in the same rounds
+    worst_error: float  # error of log p / (2e-6 (1 + |log p|)), or of gradients / 1e-4
 
 
 def inputs(s: Shape) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
@@ -77,7 +77,8 @@ def gathered(leaf: Tensor, x: Tensor) -> Tensor:
 
 
 def crossed(leaf: Tensor, x: Tensor) -> Tensor:
-    """Compute the result of `gathered` by cross entropy; its compiled gradient needs no scatter."""
+    """Compute the result of `gathered` with cross entropy, whose compiled gradient needs no
+    scatter."""
     target = x[..., None].expand(leaf.shape[:3]).flatten()
     return -cross_entropy(leaf.flatten(0, 2), target, reduction="none").view(leaf.shape[:3])
 
@@ -160,7 +161,7 @@ def error(s: Shape, case: str, found: object) -> float:
 
 
 def measure(s: Shape, rounds: int, compiled: bool) -> Iterator[Row]:
-    """Yield the rows of a shape; those of a case are sorted by time, the fastest first."""
+    """Yield the rows of a shape. The rows of each case are sorted by time, the fastest first."""
     args = inputs(s)
     copy, copied = copy_call(64 << 20)
     leaf_bytes = 4 * s.rows * s.n_token * s.components * s.vocab

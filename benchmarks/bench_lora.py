@@ -55,7 +55,7 @@ def main() -> None:
 
 
 def measure(wanted: tuple[str, ...], device: str, rounds: int) -> Iterator[Row]:
-    """Yield all rows of the requested matrices."""
+    """Yield all rows of the requested matrices (groups of cases)."""
     dtype = torch.float32 if device == "cpu" else torch.bfloat16
     with torch.inference_mode():
         if "decode" in wanted:
@@ -89,7 +89,7 @@ def measure(wanted: tuple[str, ...], device: str, rounds: int) -> Iterator[Row]:
 
 
 def measure_model(wanted: tuple[str, ...], rounds: int) -> Iterator[Row]:
-    """Yield the rows that need transformers and PEFT."""
+    """Yield the rows of the requested matrices that need transformers and PEFT."""
     import lora_model
 
     with lora_model.temporary_folder() as folder:

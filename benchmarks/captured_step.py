@@ -5,8 +5,8 @@
 
 There is one graph for each number of adapters; the adapter names change between replays
 (`lora_ext.capturable`). Attention is left out, because adapters do not change it. Before timing,
-rows of a replay are compared with the same rows without a graph. If the GPU's memory does not hold
-all 32 layers with their adapters, the model has fewer. Not yet run on a GPU.
+rows of a replay are compared with the same rows without a graph. If the GPU's memory cannot store
+all 32 layers with their adapters, the model has fewer layers. Not yet run on a GPU.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ import lora_ext
 
 RANK, ROUNDS = 16, 30
 LAYERS, WIDTH, INNER = 32, 4096, 14336
-SHARE = 0.8  # of the free memory, for weights and adapters; the rest is for graphs and activations
+SHARE = 0.8  # share of free memory for weights and adapters; graphs and activations use the rest
 
 
 class Layer(nn.Module):
@@ -140,7 +140,8 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def row(model: Any, pool: Any, step: Any, x: Tensor, adapters: int, base: float | None) -> None:
-    """Print one line: milliseconds of the step and of the base model's step, and their ratio."""
+    """Check three rows of the step, then print its milliseconds, the base model's, and their
+    ratio."""
     turns, rows, y = itertools.count(), len(x), torch.empty_like(x)
     graph: Any = None
 

@@ -1,8 +1,8 @@
 """Fastest known implementations of a hidden Markov model without this package.
 
-All compute the log-likelihood of ``Circuit(RegionGraph.hmm(...))`` from copies of its parameters.
-The steps are stacked into one tensor in the order of evaluation, from the last variable to the
-first. This is also the order of the circuit's weights.
+All implementations compute the log-likelihood of ``Circuit(RegionGraph.hmm(...))`` from copies of
+its parameters. The steps are stacked into one tensor in the order of evaluation, from the last
+variable to the first. This is also the order of the circuit's weights.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ def torch_peer(
 ) -> Peer:
     """Return the peer of a torch model with the parameters ``weights`` and ``others``.
 
-    Each step first sets their gradients to None, as ``zero_grad`` does.
+    Each step first sets the gradients of all these parameters to None, as ``zero_grad`` does.
     """
 
     def step() -> None:
@@ -82,7 +82,7 @@ class Chain:
         return cls(*(t.detach().clone().requires_grad_() for t in parts))
 
     def peer(self, form: Callable[..., Tensor], x: Tensor) -> Peer:
-        """Return the peer that evaluates ``form``, a function below, on these parameters."""
+        """Return the peer that evaluates ``form``, such as :func:`stacked`, on these parameters."""
         parts = self.leaf, self.steps, self.first
         return torch_peer(lambda: form(*parts, x), [self.steps, self.first], [self.leaf])
 
@@ -100,10 +100,10 @@ def stacked(leaf: Tensor, steps: Tensor, first: Tensor, x: Tensor) -> Tensor:
 
 
 def scaled(leaf: Tensor, steps: Tensor, first: Tensor, x: Tensor) -> Tensor:
-    """Run the recursion with probabilities, divided at every step by the largest one.
+    """Run the recursion with probabilities, which are divided by the largest one at every step.
 
-    It needs no logarithm of states, but a state that is less likely than the largest one by a
-    factor of e^-88 underflows to 0.
+    This form needs no logarithm of states, but a state that is less likely than the most likely one
+    by a factor of e^-88 underflows to 0.
     """
     p = _observed(leaf.softmax(2), x)
     w = steps.softmax(2).transpose(1, 2).unbind()
@@ -178,14 +178,14 @@ class Jax:
 
 @dataclass(frozen=True)
 class JaxCall:
-    """Call in the other process, timed by the clock of that process (``common.Remote``)."""
+    """Call in the process of ``jax``, timed by the clock of that process (``common.Remote``)."""
 
     jax: Jax
     form: str
     what: str
 
     def seconds(self, count: int) -> float:
-        """Return the seconds of ``count`` calls, after one that is not timed."""
+        """Return the seconds of ``count`` calls, after one call that is not timed."""
         return self.jax.ask(self.form, self.what, count)
 
     def result(self) -> list[Tensor]:

@@ -1,8 +1,8 @@
 """Time losses over a vocabulary in chunks: `python benchmarks/chunked_loss.py --check`.
 
-Times forward and backward of the cross entropy, and of the divergence of two students from a
-teacher, at SmolLM2's output layer, which is frozen or trained. The peers store all logits: the
-dense expression in torch, eager and under torch.compile. Rows are appended to
+The benchmark times forward and backward of the cross entropy, and of the divergence of two students
+from a teacher, at SmolLM2's output layer, frozen or trained. The peers store all logits: the dense
+expression in torch, eager and under torch.compile. Rows are appended to
 OUT/vocab_<device>.csv. Every loss and gradient is checked before it is timed. `--check` requires a
 peak memory, beyond arguments and gradients, of at most a fifth of the dense expression's, and at
 most 1.15 of its time.

@@ -1,9 +1,10 @@
 """Time drafting and verifying: `python benchmarks/circuit_decode.py [--device cuda]`.
 
 Each of B = 1, 8, 64 rows has one window of K = 8 tokens over C = 32 states and V = 320 tokens.
-The sample with its conditionals and posteriors, the verification, and the max-product draft are
-timed against the formulas of `lora_ext.reference` in the same dtype. Every result is checked
-against float64 before it is timed. Rows are appended to OUT/circuit_decode_<device>.csv.
+Three calls are timed: the sample with its conditionals and posteriors, the verification, and the
+max-product draft. They are compared with the formulas of `lora_ext.reference` in the same dtype.
+Every result is checked against float64 before it is timed. Rows are appended to
+OUT/circuit_decode_<device>.csv.
 """
 
 from __future__ import annotations
@@ -71,17 +72,18 @@ class Problem:
 
 
 def sample(of: object, p: Problem) -> CircuitSample:
-    """Return tokens, conditionals and posteriors."""
+    """Return sampled tokens with their conditional probabilities and posteriors, computed by
+    ``of``."""
     return of.circuit_sample(p.kind, *p.circuit, p.uniforms)
 
 
 def verify(of: object, p: Problem) -> tuple[Tensor, Tensor]:
-    """Return the accepted count and the next token."""
+    """Return the number of accepted tokens and the next token of each row, computed by ``of``."""
     return of.spec_verify(p.target, *p.draft, p.circuit[0], p.tests)
 
 
 def argmax(of: object, p: Problem) -> tuple[Tensor, Tensor]:
-    """Return the most likely tokens and their log-probability."""
+    """Return the most likely tokens of each row and their log-probability, computed by ``of``."""
     return of.circuit_argmax(p.kind, *p.circuit)
 
 
@@ -93,7 +95,7 @@ CASES: dict[str, Callable[[object, Problem], tuple[Tensor, ...]]] = {
 
 
 def check(case: str, p: Problem, provider: object) -> float:
-    """Return the largest error against float64, divided by its bound; check tokens and counts.
+    """Check tokens and counts; return the largest error against float64, divided by its bound.
 
     The seed is fixed such that no draw is so close to a boundary that float32 and float64 differ.
     """
@@ -110,7 +112,8 @@ def check(case: str, p: Problem, provider: object) -> float:
 
 
 def bench(device: str, dtype: torch.dtype, rounds: int) -> Iterator[dict[str, object]]:
-    """Yield the rows of every case, kind and size; both providers are timed in the same rounds."""
+    """Yield the rows of every case, kind and size; our op and the formula are timed in the same
+    rounds."""
     providers = {"lora_ext": ops, "reference": reference}
     for kind in KINDS:
         for rows in ROWS:

@@ -15,7 +15,7 @@ The tables, each with the peers that are compared with our circuit:
   is no GPU.
 
 Values and gradients of every model are checked against float64 before timing. If a peer is not
-installed, it is skipped and the reason is printed. The fastest is listed first. The first run
+installed, it is skipped and the reason is printed. The fastest model is listed first. The first run
 compiles for minutes; later runs use torch's cache.
 """
 
@@ -95,8 +95,8 @@ def compare(
 ) -> list[dict[str, object]]:
     """Check values and gradients of every model against float64, then time them.
 
-    With ``least``, the shortest of many bursts of a millisecond is compared, for machines that are
-    never idle; otherwise the median of rounds of 50 milliseconds.
+    By default, the medians of rounds of 50 milliseconds are compared. With ``least``, for machines
+    that are never idle, the shortest of many bursts of a millisecond is compared.
     """
     burst = 1e-3 if least else 0.05
     leaves = list(circuit.leaves.parameters())
@@ -106,7 +106,8 @@ def compare(
     exact.load_state_dict({k: v.double() for k, v in circuit.state_dict().items()})
     flat = exact.log_prob(x).detach(), torch_peer(lambda: exact.log_prob(x), [exact.weights])
     expected, gradient = flat[0], flat[1].gradient()
-    # Every step rounds four values of the size of log p; gradients contain exponentials of these.
+    # Every step rounds four values of the size of log p; gradients contain exponentials of these
+    # values.
     size = 1 + float(expected.abs().max())
     bound, gradient_bound = 2e-6 * size * STEPS**0.5, 2**-22 * size * STEPS
     errors: dict[str, float] = {}
@@ -179,7 +180,8 @@ def compiled(model: Callable[..., Tensor]) -> Callable[..., Tensor]:
 
 
 def rat_spn_table(args: argparse.Namespace) -> list[dict[str, object]]:
-    """Compare RAT-SPNs with 64 variables and depth 3, whose sums are as wide as the inputs."""
+    """Compare RAT-SPNs with 64 variables and depth 3, with as many sums as input units per
+    region."""
     rows: list[dict[str, object]] = []
     x = torch.randint(8, (ROWS, 64), generator=torch.Generator().manual_seed(0))
     for units in (8, 16, 32):
@@ -201,7 +203,7 @@ def rat_spn_table(args: argparse.Namespace) -> list[dict[str, object]]:
 def learning_rows(
     table: str, case: str, calls: circuit_training.Calls, rounds: int
 ) -> list[dict[str, object]]:
-    """Time training steps, interleaved."""
+    """Time the training calls in interleaved rounds; return one row per call."""
     found = interleaved(calls, rounds)
     return [
         row(

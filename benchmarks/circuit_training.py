@@ -20,7 +20,7 @@ GREYS, BATCH = 17, 100
 
 
 def em_calls(rank: int) -> Calls:
-    """Return calls of one EM step of a homogeneous chain, on 512 sequences of 32 of 64 values.
+    """Return calls of one EM step of a homogeneous chain: 512 rows, 32 variables of 64 values.
 
     Raises:
         SystemExit: If a peer's parameters differ from ours after a step.
@@ -73,7 +73,7 @@ def _hmmlearn(
 
 # --- an epoch on digits ---------------------------------------------------------------------------
 def digits() -> Tensor | None:
-    """Load the digits ``(1797, 64)``, 17 greys; return None if scikit-learn is not installed."""
+    """Load the digits ``(1797, 64)``, values 0 to 16; return None without scikit-learn."""
     try:
         from sklearn.datasets import load_digits  # pyright: ignore[reportMissingImports]
     except ImportError:

@@ -1,7 +1,8 @@
 """Tools for measurements: clocks, repetitions, errors, copy bandwidth, rows of csv files.
 
 Compared calls run interleaved, one round of each at a time, so that a slow phase of the machine
-affects all of them. A result is the median over the rounds, with the 20th and 80th percentile.
+affects all of them. The time of a call is the median over the rounds, with the 20th and 80th
+percentile.
 """
 
 from __future__ import annotations
@@ -51,12 +52,12 @@ class Timing:
 
     @classmethod
     def of(cls, rounds: list[float]) -> Timing:
-        """Compute median and percentiles of the rounds."""
+        """Return the timing of these rounds, with their median and percentiles."""
         cuts = statistics.quantiles(rounds, n=5, method="inclusive") if rounds[1:] else rounds * 4
         return cls(statistics.median(rounds), cuts[0], cuts[3], tuple(rounds))
 
     def over(self, other: Timing) -> float:
-        """Return the median ratio of this time to the other's in the same round."""
+        """Return the median, over the rounds, of this time divided by the time of ``other``."""
         return statistics.median(a / b for a, b in zip(self.rounds, other.rounds, strict=True))
 
 
@@ -67,9 +68,10 @@ def interleaved(
 
     Args:
         calls: Calls by name.
-        rounds: Measurements of each; every second round reverses the order.
+        rounds: Number of measurements of each call; every second round reverses the order of the
+            calls.
         min_seconds: A measurement repeats its call until it takes about this long.
-        warm_up: Untimed calls of each.
+        warm_up: Number of calls of each function before the first measurement.
     """
     inner = {}
     for name, call in calls.items():
@@ -116,7 +118,8 @@ def error_over_bound(
 
 
 def copy_call(nbytes: int = 256 << 20, device: str = "cpu") -> tuple[Call, int]:
-    """Return a call that copies more than any cache holds, and the bytes read and written."""
+    """Return a call that copies more bytes than any cache can store, and the number of bytes that
+    it reads and writes."""
     source = torch.ones(nbytes // 4, device=device)
     target = torch.empty_like(source)
     return lambda: target.copy_(source), 2 * source.nbytes
@@ -136,7 +139,7 @@ def peak_bytes(call: Call) -> int:
 
 @functools.cache
 def machine_columns(device: str = "cpu") -> dict[str, object]:
-    """Return the columns of a row that describe where and when it was measured."""
+    """Return the columns of a row that describe where and when the row was measured."""
     from lora_ext import _loader
 
     name = torch.cuda.get_device_name() if device == "cuda" else _cpu_name()
@@ -154,7 +157,7 @@ def machine_columns(device: str = "cpu") -> dict[str, object]:
 def append_rows(path: Path, rows: list[dict[str, object]]) -> None:
     """Append rows to a csv file with the same columns.
 
-    Rows from before the column ``cpu`` existed get an empty value.
+    Rows that were written before the column ``cpu`` existed get an empty value in this column.
 
     Raises:
         ValueError: If the file has other columns.
@@ -189,7 +192,7 @@ def _cpu_name() -> str:
 
 
 def _revision() -> str:
-    """Return the commit, with a + if files beyond results have changed; empty without git."""
+    """Return the commit, followed by "+" if files outside results/ have changed; "" without git."""
     git = ["git", "-C", str(ROOT)]
     commit = subprocess.run([*git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True)
     if commit.returncode:

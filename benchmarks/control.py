@@ -4,8 +4,9 @@
 Texts of 32 tokens that must contain given words are sampled with the mask alone and with a guide.
 The positions of the words and the nats per token of the texts under the model are measured. The
 time that 16 constraints add to a step of 16 rows, dense and sparse, is compared with the model's
-packed forward, and with Ctrl-G's formula (arXiv 2406.13892) on the same guide, which multiplies all
-states by the vocabulary. Drafts are compared by their tokens per call.
+packed forward. This time is also compared, on the same guide, with that of Ctrl-G's formula (arXiv
+2406.13892), which multiplies all states by the vocabulary. Drafts are compared by their tokens per
+call.
 
 --check exits with 1 if a target of docs/control.md is missed. --guide DIR is the folder of the
 guide. If it does not exist, a guide of 512 states is trained first, in about 20 minutes on two
@@ -39,7 +40,7 @@ from lora_ext.methods.mtpc import _constrained
 from lora_ext.nn import pack_linears
 
 ROWS, BUDGET = 16, 32
-LAST = 4  # Words completed in the last LAST tokens count as late.
+LAST = 4  # A word is late if one of the last LAST tokens completes it.
 GROUPS = ([" beach"], [" dog", " purple"], [" market", " rain", " music"])
 FOUR = {
     "type": "object",
@@ -59,7 +60,7 @@ TWO = {
 
 
 class Found(NamedTuple):
-    """Measured value."""
+    """Measured value, with the part of the benchmark, the case and the name of the quantity."""
 
     part: str
     case: str
@@ -104,7 +105,8 @@ class Bench:
 
 
 def learned(model: Any, tokenizer: Any, folder: Path) -> Guide:
-    """Load the guide of a folder; if there is none, train it and save it there first."""
+    """Load the guide of a folder; if the folder has no guide, first train a guide and save it
+    there."""
     if not (folder / "guide.safetensors").exists():
         things = ("a small town by the sea", "rain", "your day", "a river", "cooking", "music")
         prompts = [question(tokenizer, "Tell me about", x).tolist() for x in things]
@@ -192,9 +194,9 @@ def nats(bench: Bench, tokens: Tensor) -> float:
     return float(cost[own].mean())
 
 
-# --- what it costs --------------------------------------------------------------------------------
+# --- time that constraints add --------------------------------------------------------------------
 def midway(bench: Bench, count: int) -> tuple[list[Row | None], Tensor]:
-    """Return rows with one constraint each after eight new tokens, and the next logits."""
+    """Return constraint states of ``count`` rows after eight new tokens, and the next logits."""
     letters = "abcdefghijklmnop"
     rows: list[Row | None] = []
     for i in range(count):
@@ -252,8 +254,8 @@ def overhead(bench: Bench) -> Iterator[Found]:
 def every_state(row: Row, guide: Guide, dtype: torch.dtype = torch.float32) -> Callable[[], Tensor]:
     """Return Ctrl-G's step for a row.
 
-    It computes ``log r (V,)`` from two matrices ``(S, V)``: for every next state, the product of
-    the guide with the vocabulary, and the mask of the tokens that lead to this state.
+    The step computes ``log r (V,)`` from two matrices ``(S, V)``: for every next state, the product
+    of the guide with the vocabulary, and the mask of the tokens that lead to this state.
     """
     plan = row.plan
     assert isinstance(plan, Plan)
@@ -337,12 +339,13 @@ class Plain(Masked):
             blocks = [] if given else control.log_ratios(rows)
             self._window.append(_constrained._Position(rows, blocks))
             rows = rows if given else control.advance(rows, token.tolist())
-        self._behind = rows
+        self._after = rows
         return window
 
 
 def drafts(bench: Bench) -> Iterator[Found]:
-    """Yield tokens per call: plain drafts, constrained drafts, and those with forced tokens.
+    """Yield tokens per call of plain drafts, of constrained drafts, and of constrained drafts that
+    are extended by forced tokens.
 
     The head is as ``retrofit`` initialises it, without training, so it predicts only the first
     token of a window.
@@ -432,7 +435,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--rows", type=int, default=ROWS, metavar="N", help="sampled rows")
     parser.add_argument("--rounds", type=int, default=7, metavar="N", help="timed rounds")
     parser.add_argument("--out", type=Path, metavar="DIR", help="folder of control.csv")
-    parser.add_argument("--only", nargs="*", choices=PARTS, default=list(PARTS), help="run these")
+    parser.add_argument("--only", nargs="*", choices=PARTS, default=list(PARTS), help="parts")
     args = parser.parse_args(arguments)
     bench = Bench(args)
     found: list[Found] = []

@@ -41,10 +41,10 @@ CLAIM = Claim(
     "held out. Per seed, two adapters learn different samples; 11 points between them are "
     "tested.",
     headline="barrier of LoRA minus that of CopRA, on both models",
-    use="you will merge adapters factor by factor or prune them to some blocks, and this makes "
-    "plain LoRA adapters much worse, as on the small network here (measure this first)",
-    avoid="it does not make them worse, as with a trained head that solves the task, or when you "
-    "use a single complete adapter, or merge weights (delta)",
+    use="you will merge adapters factor by factor or prune them to some blocks, and a trial on "
+    "your model shows a gain, as on the small network here",
+    avoid="you cannot try it beside LoRA (on SmolLM2, merged and pruned adapters of CopRA were "
+    "worse), or when you use a single complete adapter, or merge weights (delta)",
     seeds=5,
     earlier="network +0.077 [+0.036, +0.098]; MiniLM with a trained head, where LoRA gains 0.012 "
     "over no adapter, -0.005 [-0.013, +0.000] (3 seeds, revision 1b90df0): not reproduced, at a "
@@ -85,8 +85,8 @@ def settings(quick: bool) -> Mapping[str, object]:
 
 
 def trials(rows: Rows, quick: bool) -> Iterator[Row]:
-    """Yield the runs from which the learning rates of LoRA and CopRA are chosen, then LoRA's pairs
-    for the gate."""
+    """Yield the runs that choose the learning rates of LoRA and CopRA, then LoRA's pairs of
+    adapters, which the gate judges."""
     for task, grid in GRIDS.items():
         for method in (LORA, COPRA):
             for rate in grid.asked(errors(rows, task, method)):
@@ -96,13 +96,13 @@ def trials(rows: Rows, quick: bool) -> Iterator[Row]:
 
 
 def errors(rows: Rows, task: str, method: str) -> dict[float, float]:
-    """Return the error or loss for each learning rate that was tried."""
+    """Return the error rate or the loss for each learning rate that was tried."""
     own = [row for row in rows if (row["seed"], row["task"]) == (CHOOSING, task)]
     return {row["rate"]: -row["alone"] for row in own if row["method"] == method}
 
 
 def arms(seeds: Sequence[int], quick: bool) -> Iterator[Row]:
-    """Yield the arms; each trains a pair of adapters with one schedule."""
+    """Yield the arms of the comparison; each arm trains a pair of adapters with one schedule."""
     for seed in seeds:
         for task in (NETWORK, SMOLLM2):
             for method in METHODS:
@@ -115,7 +115,8 @@ def minutes(arm: Row) -> float:
 
 
 def measure(arm: Row, quick: bool, rows: Rows) -> Iterator[Row]:
-    """Train two adapters; measure them alone, pruned, and on the line between them.
+    """Train two adapters; yield the scores of each, of both after pruning, and on the line between
+    them.
 
     To choose a learning rate, only one adapter is trained and tested.
     """
@@ -160,7 +161,7 @@ def measure(arm: Row, quick: bool, rows: Rows) -> Iterator[Row]:
 
 
 def noise(model: Any, pair: Sequence[LoraAdapter], task: Task) -> float:
-    """Return the standard error, over test samples, of how much the score falls halfway between two
+    """Return the standard error, over test samples, of the score's drop halfway between two
     adapters."""
     seen: list[Tensor] = []
 
@@ -214,7 +215,7 @@ def train(
 
 
 class Network(nn.Module):
-    """Network of residual blocks; the first matrix of each gets an adapter."""
+    """Network of residual blocks; the first matrix of each block gets an adapter."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -387,7 +388,7 @@ def criteria(rows: Rows) -> list[Criterion]:
 
 
 def figure(rows: Rows) -> str:
-    """Format the barriers and the share of layers trained."""
+    """Return a text with the barriers and the share of layers trained."""
     parts: list[str] = []
     for task, unit in ((NETWORK, ""), (SMOLLM2, " nats")):
         barriers = {

@@ -1,6 +1,6 @@
-// Micro-benchmark of the CPU twins, without torch. For each shape: GB/s of the compulsory bytes
-// (adapters once, x once, y read and written) beside a copy of the same run, or GFLOP/s beside a
-// loop of independent multiply-adds.
+// Micro-benchmark of the CPU twins, without torch. For each shape, it prints the GB/s of the
+// compulsory bytes (adapters once, x once, y read and written) and of a copy in the same run, or
+// the GFLOP/s of the twin and of a loop of independent multiply-adds.
 //
 //   cpu_twin [threads] [isa] [filter]
 #include <algorithm>
@@ -61,7 +61,7 @@ float fma_chains(int64_t steps) {
         a = a * m + m, b = b * m + m, c = c * m + m, d = d * m + m, e = e * m + m;
         f = f * m + m, g = g * m + m, h = h * m + m, k = k * m + m, l = l * m + m;
 #if defined(__x86_64__)
-        // Keeps the compiler from seeing that all chains hold the same numbers.
+        // Hides from the compiler that all chains contain the same numbers.
         asm volatile("" : "+x"(a), "+x"(b), "+x"(c), "+x"(d), "+x"(e));
         asm volatile("" : "+x"(f), "+x"(g), "+x"(h), "+x"(k), "+x"(l));
 #endif

@@ -11,7 +11,8 @@ REPLAYS = 20
 
 
 def interleaved_graphs(calls: Mapping[str, Call], rounds: int = 10) -> dict[str, Timing]:
-    """Time calls as :func:`common.interleaved` does, as graphs replayed 20 times per round."""
+    """Time calls as :func:`common.interleaved` does; each call is a graph that is replayed 20 times
+    per round."""
     stream = torch.cuda.Stream()
     graphs: dict[str, torch.cuda.CUDAGraph] = {}
     for name, call in calls.items():

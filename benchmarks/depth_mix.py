@@ -1,8 +1,8 @@
 """Time the depth mix (a weighted sum of normed hidden states) and chains of torch ops.
 
 The peers compute k norms, k products and k - 1 sums: "chain" with the norm as transformers writes
-it, "rms_norm" with torch's. Hidden states are in several sets, used in turn, of at least 256 MiB
-together, so that each call reads them from memory.
+it, "rms_norm" with torch's. There are several sets of hidden states, used in turn, with at least
+256 MiB in total, so that each call reads its set from memory.
 """
 
 from __future__ import annotations
@@ -100,8 +100,8 @@ WAYS = {"forward": forward, "forward and backward": both_ways}
 
 
 def bench_mix(device: str, rounds: int) -> Iterator[Row]:
-    """Yield the rows of all providers, without and with the backward, and of a copy, all timed in
-    the same rounds."""
+    """Yield the rows of all implementations, without and with the backward, and of a copy. All are
+    timed in the same rounds."""
     dtype = torch.float32 if device == "cpu" else torch.bfloat16
     copy, copied = copy_call(device=device)
     with torch.inference_mode(False):

@@ -1,10 +1,11 @@
 """Measure the cost of batch-invariant results: `python benchmarks/exact.py [--check]`.
 
 The first cases are attention alone: `ops.row_attention` and torch's, on causal prompts of SmolLM2's
-shape. The others are SmolLM2-135M, plain and exact, with shared weights: a prefill of 512 tokens, a
-decode step of 1 and of 8 rows over 512 tokens, and a training step, forward and backward of 4 x 128
-tokens with an adapter of rank 16. A ratio is the time of the exact model over that of the plain
-model, as the median of the rounds of one run. Before timing, the results of both are compared.
+shape. The other cases are SmolLM2-135M, plain and exact, with shared weights: a prefill of 512
+tokens, a decode step of 1 and of 8 rows over 512 tokens, and a training step, forward and backward
+of 4 x 128 tokens with an adapter of rank 16. A ratio is the time of the exact model over that of
+the plain model, as the median of the rounds of one run. Before timing, the results of both are
+compared.
 
 `--check` prints the target of each ratio, and exits with 1 if one is missed; `--tiny` uses a small
 random model; `--dtype bfloat16` uses 16 bits. The machine must be idle; the number of threads is
@@ -62,7 +63,7 @@ def tiny_model() -> Any:
 def pair(model: Any, rank: int = 0) -> dict[str, Any]:
     """Return the plain model, an exact model with the same weights, and a copy in float64.
 
-    If ``rank`` is not 0, each has an adapter.
+    If ``rank`` is not 0, each model has an adapter.
     """
     model = model.eval().requires_grad_(False)
     if rank:
@@ -86,7 +87,7 @@ def prefill(model: Any, ids: Tensor) -> Tensor:
 
 
 def decode(model: Any, ids: Tensor, cache: DynamicCache) -> Tensor:
-    """Run a step of the last token; the cache is unchanged afterwards."""
+    """Run a decode step on the last token of each row; the cache is unchanged afterwards."""
     with torch.no_grad():
         logits = model(ids[:, -1:], **{cache_name(model): cache}).logits
     cache.crop(-1)
@@ -171,7 +172,7 @@ def measure(
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="cost of the same bits in any batch")
+    parser = argparse.ArgumentParser(description="cost of batch-invariant results")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--tiny", action="store_true", help="use a small random model")

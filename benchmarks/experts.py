@@ -1,13 +1,13 @@
 """Time adapters on routed experts: `python benchmarks/experts.py`.
 
 The model is a mixture of experts like Qwen3-MoE, with random weights and adapters on both matrices
-of all experts. "decode" is one token per row, "prefill" several, each row with a different adapter.
-The calls compared are those of an attached model (lora_ext), the model without adapters (base), and
-PEFT, which has one adapter per batch and processes the rows of each adapter separately (peft).
-"train" is forward and backward of a batch of several adapters: a model of from_peft given names
-(lora_ext), and PEFT, one adapter after another (peft). In "one", all rows have the same adapter, so
-PEFT has no loop. Results are compared before timing. Rows are appended to OUT/experts_<device>.csv;
-"peak" is the peak memory.
+of all experts. "decode" is one token per row and "prefill" several tokens per row; each row has a
+different adapter. Three models are compared: one that is attached to a pool (lora_ext), one without
+adapters (base), and PEFT's, which has one adapter per batch and processes the rows of each adapter
+separately (peft). "train" is forward and backward of a batch of several adapters: a model of
+from_peft given names (lora_ext), and PEFT, one adapter after another (peft). In the cases "one",
+all rows have the same adapter, so PEFT has no loop. Results are compared before timing. Rows are
+appended to OUT/experts_<device>.csv; "peak" is the peak memory.
 """
 
 from __future__ import annotations
@@ -88,7 +88,7 @@ class Problem:
 
     @property
     def trains(self) -> bool:
-        """True if the case has a backward."""
+        """True if the case computes gradients."""
         return self.case.kind.startswith("train")
 
     def providers(self) -> dict[str, Callable[[], Tensor]]:

@@ -2,9 +2,9 @@
 
 Of 36 clients, a third can train 3, a third 4 and a third all 6 blocks of a pretrained encoder
 (claims/section_texts.py); six train per round. The last third, the strong clients, have texts of 10
-of the 20 sections, so the others have data that the strong ones lack. In "strong only", clients
-that can train all blocks do so in every round. "all clients, all layers" is what could be reached
-without limits. Each of the three has its own learning rate, chosen on a separate seed.
+of the 20 sections, so the other clients have data that the strong clients lack. In "strong only",
+clients that can train all blocks do so in every round. "all clients, all layers" is what could be
+reached without limits. Each of the three has its own learning rate, chosen on a separate seed.
 
 `--full` adds the other patterns, importance, Dirichlet's partition, and strong clients that are
 drawn as rarely as all others (the comparison in the authors' logs). It also adds baselines: those
@@ -77,8 +77,8 @@ def settings(quick: bool) -> Mapping[str, object]:
 
 
 def trials(rows: Rows, quick: bool) -> Iterator[Row]:
-    """Yield the runs from which the learning rate of each way to train is chosen, and those of the
-    gate."""
+    """Yield the runs that choose the learning rate of each way to train, then the runs that the
+    gate judges."""
     for name in CHOICES:
         for rate in RATES.asked(errors(rows, name)):
             yield {"seed": CHOOSING, "partition": RESTRICTED, "arm": name, "rate": rate}
@@ -123,7 +123,8 @@ def more(seeds: Sequence[int], quick: bool) -> list[Row]:
 
 
 def measure(arm: Row, quick: bool, rows: Rows) -> Iterator[Row]:
-    """Run one federation with the arm's learning rate, or if it has none, with the chosen one.
+    """Run one federation with the arm's learning rate or, if the arm has none, with the chosen
+    rate.
 
     The arms of ``more`` use the learning rate that was chosen for RGD.
     """
@@ -226,7 +227,7 @@ def one(world: World, shares: Sequence[Any], arm: str) -> Run:
 
 
 def planner_of(hla: HLA, world: World) -> federated_digits.Planner:
-    """Plan as many layers for each client as it can train."""
+    """Return a planner that plans as many layers for each client as the client can train."""
     return lambda round, drawn: {c: hla.plan(round, c, world.sizes.capability(c)) for c in drawn}
 
 
@@ -234,8 +235,8 @@ def by_importance(world: World, shares: Sequence[Any], mix: float) -> Run:
     """Train with layers chosen by the bottleneck pattern for a third of the rounds, then by
     importance.
 
-    Importance is computed after each third, on ``PROXY`` texts that the server holds and no client
-    trains on.
+    Importance is computed after each third of the rounds, on ``PROXY`` texts of the server, which
+    no client has.
     """
     x, y = world.training
     proxy = np.random.default_rng(world.seed).permutation(len(y))[:PROXY]
@@ -269,8 +270,8 @@ def by_importance(world: World, shares: Sequence[Any], mix: float) -> Run:
 
 
 def gain(rows: Rows, partition: str, arm: str = OURS, rival: str = STRONG) -> Interval:
-    """Return the gain in accuracy over a rival, with its interval over the seeds. The accuracy is
-    the mean over the last rounds."""
+    """Return the gain in accuracy of ``arm`` over ``rival``, with its interval over the seeds. The
+    accuracy is the mean over the last rounds."""
     found: dict[tuple[int, str], float] = {
         (row["seed"], row["arm"]): row["last"] for row in rows if row["partition"] == partition
     }
@@ -313,7 +314,7 @@ def criteria(rows: Rows) -> list[Criterion]:
     """Check the gain if strong clients lack sections (the headline), the gain if they do not, and
     the bytes."""
     restricted, skewed = gain(rows, RESTRICTED), gain(rows, SKEWED)
-    # All layers are sent down, so these bytes equal those of uploading all layers.
+    # All layers are sent down, so the bytes sent down equal those of an upload of all layers.
     share = study.mean(rows, "up", arm=OURS) / study.mean(rows, "down", arm=OURS)
     return [
         Criterion(
@@ -340,7 +341,7 @@ def criteria(rows: Rows) -> list[Criterion]:
 
 
 def figure(rows: Rows) -> str:
-    """Format the gains and the accuracies."""
+    """Return a text with the gains and the accuracies."""
     ours, strong = (study.mean(rows, "last", partition=RESTRICTED, arm=a) for a in (OURS, STRONG))
     have = sorted(set(study.column(rows, "strong_have", partition=SKEWED)))
     return (

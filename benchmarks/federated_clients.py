@@ -1,11 +1,12 @@
 """Time many clients in one batch: `python benchmarks/federated_clients.py --check`.
 
-In a round, each client makes STEPS AdamW steps from the global adapter. The calls compared train
-all clients in one batch (lora_ext), one client after another with our layers (loop) or PEFT's
-(peft), or use torch.func.vmap over stacked factors with one AdamW over the stacks (vmap). All use
-torch's fused AdamW. Models are four square layers with ranks 4 to 8, and a tiny Llama. The Llama's
-clients also train at mixed depths, with and without the staircase. Before timing, each provider's
-changes are compared with the loop's in float64. Rows are appended to OUT/clients_<device>.csv.
+In a round, each client makes STEPS AdamW steps from the global adapter. Four ways to train are
+compared: all clients in one batch (lora_ext), one client after another with our layers (loop) or
+PEFT's (peft), and torch.func.vmap over stacked factors with one AdamW over the stacks (vmap). All
+use torch's fused AdamW. Models are four square layers with ranks 4 to 8, and a tiny Llama. The
+Llama's clients also train at mixed depths, with and without the staircase. Before timing, each
+provider's changes are compared with the loop's in float64. Rows are appended to
+OUT/clients_<device>.csv.
 
 `--check` requires that the loop takes at least 4 times as long as lora_ext for 32 clients x 16 rows
 and d = 64, and at least as long for 32 x 64 and d = 256.
@@ -191,7 +192,7 @@ class Problem:
         model, modules = self._sharing(), {}
         if self.case.llama and self.base.dtype == torch.float32:
             # The CPU's fused attention has no batching rule, so vmap would loop over the clients.
-            # Eager attention has a float32 softmax, so float64 is checked with the fused one.
+            # Eager attention has a float32 softmax, so float64 is checked with fused attention.
             model.set_attn_implementation("eager")
         for name in self.targets:
             factors = (self.state[f"{PREFIX}{name}.lora_{f}.weight"] for f in "AB")
@@ -268,7 +269,8 @@ class Problem:
 
 
 def check(case: Case, device: str) -> dict[str, float]:
-    """Return each provider's largest difference from the loop in float64, divided by the bound."""
+    """Return the largest difference of each way to train from the loop in float64, divided by the
+    bound."""
     problem = Problem(case, torch.float64, device)
     results = {name: run() for name, run in problem.providers().items()}
     worst = {}
@@ -290,7 +292,7 @@ def check(case: Case, device: str) -> dict[str, float]:
 
 
 def measure(case: Case, device: str, rounds: int) -> Iterator[dict[str, object]]:
-    """Yield one row per provider, and on the CPU also rows with the memory of lora_ext."""
+    """Yield one row per way to train, and on the CPU also rows with the memory of lora_ext."""
     errors = check(case, device)
     problem = Problem(case, torch.float32, device)
     calls: dict[str, Call] = dict(problem.providers())

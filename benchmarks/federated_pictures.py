@@ -1,6 +1,6 @@
 """Plots of a federation over its rounds: accuracy, clients per layer, and bytes.
 
-Examples and benchmarks draw them.
+Examples and benchmarks use these functions.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ def draw_accuracy(curves: Mapping[str, Sequence[float]], axes: Any) -> None:
 
 
 def draw_heights(heights: Sequence[Sequence[int]], axes: Any) -> None:
-    """Draw how many clients trained each layer, as a heat map over the rounds.
+    """Draw the number of clients that trained each layer, as a heat map over the rounds.
 
     Args:
         heights: One number per layer for each round, as in ``RoundLog.heights``. Layer 0 is at the
@@ -43,7 +43,7 @@ def draw_heights(heights: Sequence[Sequence[int]], axes: Any) -> None:
 
 
 def draw_bytes(sent: Mapping[str, Sequence[int]], axes: Any) -> None:
-    """Draw how many bytes were sent until each round, in MB (a million bytes).
+    """Draw the number of bytes sent up to each round, in MB (a million bytes).
 
     Args:
         sent: Cumulative bytes per round, ``[*log.cumulative("up").values()]`` of a ``CommLog``, by

@@ -1,15 +1,15 @@
 """Train an adapter with TRL's AsyncGRPOTrainer against `lora-ext serve`, and measure its rewards.
 
-The program is `examples/async_grpo.py`: TRL's trainer and client, unmodified but for the three
-functions that need a GPU, train an adapter of SmolLM2-135M for 30 steps, while another client asks
-for another adapter of the same server. The reward of an answer is the share of its words that begin
-with a capital letter. For each of three seeds, `--check` expects that
+The program is `examples/async_grpo.py`: TRL's trainer and client, unmodified except for the three
+functions that need a GPU, train an adapter of SmolLM2-135M for 30 steps. Meanwhile another client
+uses another adapter on the same server. The reward of an answer is the share of its words that
+begin with a capital letter. For each of three seeds, `--check` expects that
 
-* the mean reward of the last five steps exceeds that of the first five by at least 0.2;
-* the mean ratio of probabilities (trainer over server) of the first step is within 1e-4 of 1;
-* all answers of the other adapter, which are greedy, are equal.
+* the mean reward of the last five steps exceeds that of the first five steps by at least 0.2; the
+* mean ratio of probabilities (trainer over server) of the first step is within 1e-4 of 1; all
+* answers of the other adapter, which are greedy, are equal.
 
-`make demo` and `pip install trl aiohttp`, then `python benchmarks/grpo_rewards.py --check`.
+Run `make demo` and `pip install trl aiohttp`, then `python benchmarks/grpo_rewards.py --check`.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from common import ROOT, append_rows, machine_columns
 STEPS, MEAN_OF = 30, 5
 BATCH, GROUP = 16, 8  # answers per step, and per prompt
 LEAST_GAIN = 0.2  # least difference of the mean rewards of the last and the first steps
-LARGEST_RATIO_ERROR = 1e-4  # of the first step, whose answers are those of the current version
+LARGEST_RATIO_ERROR = 1e-4  # in the first step, whose answers come from the current adapter
 
 
 def main() -> int:

@@ -1,7 +1,7 @@
-"""Run the jax side of ``chain_peers.Jax``, which drives ``python jax_chain.py FOLDER`` by pipes.
+"""Run jax for ``chain_peers.Jax``, which starts ``python jax_chain.py FOLDER`` and uses its pipes.
 
-Reads FOLDER/chain.npz and prints jax's version. For each line ``[form, what, count]`` it prints the
-seconds of ``count`` calls and writes their result to FOLDER/result.npz.
+The script reads FOLDER/chain.npz and prints jax's version. For each line ``[form, what, count]`` of
+its input, it prints the seconds of ``count`` calls and writes the result to FOLDER/result.npz.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def log_form(parts, x):
 
 
 def scaled_form(parts, x):
-    """Run the recursion with probabilities, divided at every step by the largest one."""
+    """Run the recursion with probabilities, which are divided by the largest one at every step."""
     leaf, steps, first = parts
     p = _observed(jax.nn.softmax(leaf, 2), x)
 

@@ -2,8 +2,9 @@
 
 `python benchmarks/lean.py` prints their speedup over transformers' forwards. In a small model, half
 of the time of such a forward is spent in Python between the products. Speculative decoding, which
-needs fewer forwards, would save that time too. ``LeanLlama`` therefore replaces the model in both,
-plain and speculative decoding. Its cache is the decoder's, which is preallocated for later tokens.
+needs fewer forwards, would save that time too. ``LeanLlama`` therefore replaces the model both in
+plain and in speculative decoding. Its cache is that of the speculative decoder, in which memory is
+preallocated for later tokens.
 """
 
 from __future__ import annotations
@@ -114,8 +115,8 @@ class LeanLlama(nn.Module):
 
     @staticmethod
     def _mask(attention_mask: Tensor | None, seen: int, count: int) -> Tensor | None:
-        """Return the mask ``(B, 1, Q, slots)`` of the slots that new tokens attend to, or None if
-        every new token attends to all earlier ones."""
+        """Return the mask ``(B, 1, Q, slots)`` of the cache slots that new tokens attend to, or
+        None if every new token attends to all earlier tokens."""
         hides = attention_mask is not None and not bool(attention_mask.all())
         if not hides and (count == 1 or seen == 0):
             return None
@@ -128,7 +129,8 @@ class LeanLlama(nn.Module):
 
 
 def joined(*layers: Any) -> nn.Linear:
-    """Join linear layers into one; their weights become views of its weight."""
+    """Return one linear layer with the weights of several layers, which become views of its
+    weight."""
     whole = torch.cat([layer.weight.detach() for layer in layers])
     for layer, part in zip(layers, whole.split([len(x.weight) for x in layers]), strict=True):
         layer.weight.data = part
@@ -136,7 +138,7 @@ def joined(*layers: Any) -> nn.Linear:
 
 
 def product(weight: Tensor) -> nn.Linear:
-    """Return a linear layer that shares this weight."""
+    """Return a linear layer that shares ``weight``."""
     layer = nn.Linear(weight.shape[1], len(weight), bias=False, device="meta")
     layer.weight = nn.Parameter(weight.detach(), requires_grad=False)
     return layer.eval()
@@ -146,7 +148,8 @@ def product(weight: Tensor) -> nn.Linear:
 def token_by_token(
     model: Any, ids: Tensor, new_tokens: int, sample: bool = False, cache: Any = None
 ) -> Tensor:
-    """Return prompts ``(B, S)`` with new tokens, greedy or sampled, one token per forward."""
+    """Return the prompts ``ids (B, S)``, followed by new tokens, greedy or sampled, with one
+    forward per token."""
     rows, start = ids.shape
     cache = roomy_cache(start + new_tokens) if cache is None else cache
     out = torch.empty(rows, start + new_tokens, dtype=ids.dtype)

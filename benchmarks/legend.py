@@ -112,8 +112,8 @@ def settings(quick: bool) -> Mapping[str, object]:
 
 
 def trials(rows: Rows, quick: bool) -> Iterator[Row]:
-    """Yield the runs from which the learning rates of uniform and LEGEND are chosen, then those of
-    the gate."""
+    """Yield the runs that choose the learning rates of uniform and LEGEND, then the runs that the
+    gate judges."""
     first = {"task": "sections", "partition": UNIQUE}
     for method in (UNIFORM, LEGEND):
         for rate in RATES.asked(errors(rows, method)):
@@ -186,7 +186,8 @@ def _world(seed: int, task: str, sizes: federated_digits.Sizes, quick: bool) -> 
 
 
 def follow(world: World, partition: str, method: Method) -> tuple[Run, list[float], list[float]]:
-    """Run one federation; return it with the simulated time and waiting time of every round."""
+    """Run one federation; return its results, and the simulated time and waiting time of every
+    round."""
     sizes = world.sizes
     model = world.adapted(method.ranks)
     head = sum(tensor.nbytes for tensor in shared_state(world, model).values())
@@ -238,8 +239,8 @@ def follow(world: World, partition: str, method: Method) -> tuple[Run, list[floa
 
 
 def speed_of(device: int, devices: int, head: int) -> Estimate:
-    """Return the speed of a device: of all devices, the first third is fast and the last third is
-    slow. Each also sends the head, of ``head`` bytes."""
+    """Return the speed of a device. The first third of the devices is fast and the last third is
+    slow. Each device also sends the head, which has ``head`` bytes."""
     f, mu, beta = SPEEDS[len(SPEEDS) * device // devices]
     return Estimate(f + beta / 1000 * head, mu, beta / 1000)
 
@@ -249,7 +250,7 @@ def speed_of(device: int, devices: int, head: int) -> Estimate:
 
 
 def of_seed(rows: Rows, partition: str) -> list[dict[str, Row]]:
-    """Return, for each seed, its rows by method."""
+    """Return the rows of each seed by method."""
     own = [r for r in rows if (r["task"], r["partition"]) == ("sections", partition)]
     own = [r for r in own if r.get("rate", "") != "" and r["seed"] != CHOOSING]
     seeds = sorted({row["seed"] for row in own})
@@ -271,7 +272,8 @@ def at_target(runs: Mapping[str, Row], method: str, column: str) -> float:
 
 
 def sooner(runs: Mapping[str, Row], rivals: Sequence[str] = RIVALS, method: str = LEGEND) -> float:
-    """Return the time of the best rival over that of the method; 0 if the method fails."""
+    """Return the time of the best rival divided by that of the method; 0 if the method misses the
+    target."""
     own = at_target(runs, method, "times")
     best = min(at_target(runs, rival, "times") for rival in rivals)
     longest = max(curve(row, "times")[-1] for row in runs.values())
@@ -279,14 +281,15 @@ def sooner(runs: Mapping[str, Row], rivals: Sequence[str] = RIVALS, method: str 
 
 
 def saved(runs: Mapping[str, Row], rival: str = UNIFORM) -> float:
-    """Return the share of a rival's traffic, up to the target accuracy, that LEGEND saves."""
+    """Return the share of a rival's traffic that LEGEND saves, both counted up to the target
+    accuracy."""
     own = at_target(runs, LEGEND, "traffic")
     of_rival = min(at_target(runs, rival, "traffic"), curve(runs[rival], "traffic")[-1])
     return -1.0 if math.isinf(own) else 1 - own / of_rival
 
 
 def over(each: Sequence[Mapping[str, Row]], figure: Callable[[Mapping[str, Row]], float]) -> Any:
-    """Return the mean of a figure over the seeds, with its interval."""
+    """Return the mean of ``figure`` over the seeds, with its interval."""
     return study.interval([figure(runs) for runs in each])
 
 
@@ -366,7 +369,7 @@ def criteria(rows: Rows) -> list[Criterion]:
 
 
 def figure(rows: Rows) -> str:
-    """Format times, traffic and accuracies with their intervals."""
+    """Return a text with times, traffic and accuracies, with their intervals."""
     each = of_seed(rows, UNIQUE)
     rivals = ", ".join(
         f"{name} {over(each, lambda runs, name=name: sooner(runs, [name])):.2f}" for name in RIVALS
@@ -383,7 +386,8 @@ def figure(rows: Rows) -> str:
 
 
 def panels(rows: Rows) -> study.Panels:
-    """Return the times of rivals over LEGEND's, and how much more accurate LEGEND is."""
+    """Return the rivals' times divided by LEGEND's, and LEGEND's accuracy minus that of each
+    rival."""
     own = [row for row in rows if row["seed"] < study.TRIALS]
     found: dict[str, dict[str, Interval]] = {}
     for partition in (UNIQUE, IID):

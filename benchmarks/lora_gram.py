@@ -72,8 +72,8 @@ def bench_gram(device: str, rounds: int) -> Iterator[Row]:
 
 
 def factors(device: str, dtype: torch.dtype) -> Factors:
-    """Return random factors a and b of every adapter, and a second b that replaces the projected
-    one."""
+    """Return random factors a and b of every adapter, and random values in place of the projected
+    b."""
     make = torch.Generator(device).manual_seed(0)
     lists: Factors = ([], [], [])
     for out, wide in LAYERS * BLOCKS:

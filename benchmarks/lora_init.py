@@ -68,7 +68,8 @@ def settings(quick: bool) -> Mapping[str, object]:
 
 
 def trials(rows: Rows, quick: bool) -> Iterator[Row]:
-    """Yield the runs from which the learning rates on MiniLM are chosen, and those of the gate."""
+    """Yield the runs that choose the learning rates on MiniLM, and the runs that the gate
+    judges."""
     for seed in CHOOSING:
         yield {"seed": seed, "task": MINILM, "start": HEAD}
         for start, grid in GRIDS.items():
@@ -89,7 +90,7 @@ def minilm_losses(rows: Rows, start: str) -> dict[float, float]:
 
 
 def arms(seeds: Sequence[int], quick: bool) -> Iterator[Row]:
-    """Yield the arms: sweeps of the network, and MiniLM at the chosen rate."""
+    """Yield the arms: sweeps over learning rates on the network, and MiniLM at the chosen rate."""
     for seed in seeds:
         for start in STARTS:
             yield {"seed": seed, "task": MINILM, "start": start}
@@ -103,7 +104,8 @@ def minutes(arm: Row) -> float:
 
 
 def measure(arm: Row, quick: bool, rows: Rows) -> Iterator[Row]:
-    """Yield the loss after training; on the network, also before it, and the RMS of A u."""
+    """Yield the loss after training; for the network, also the loss before training and the RMS of
+    A u."""
     torch.set_num_threads(1)
     start, draw = arm["start"], arm["seed"] + DRAWS
     if arm["task"] == MINILM:
@@ -244,7 +246,8 @@ def bests(rows: Rows) -> dict[str, dict[int, Best]]:
 
 
 def gain(a: Sequence[float], b: Sequence[float]) -> Interval:
-    """Return the share by which the losses of Init[A] are below those of Init[B]."""
+    """Return the share by which the losses ``a`` of Init[A] are below the losses ``b`` of
+    Init[B]."""
     return study.interval([1 - own / other for own, other in zip(a, b, strict=True)])
 
 
@@ -337,7 +340,7 @@ def criteria(rows: Rows) -> list[Criterion]:
 
 
 def figure(rows: Rows) -> str:
-    """Format the losses and their ratios, and the slopes of the best learning rates."""
+    """Return a text with the losses and their ratios, and the slopes of the best learning rates."""
     a, b = bests(rows).values()
     each = ", ".join(f"{gain(a[n].losses, b[n].losses):.0%} at n = {n}" for n in a)
     losses = [real(rows, start) for start in STARTS]
@@ -350,7 +353,7 @@ def figure(rows: Rows) -> str:
 
 
 def panels(rows: Rows) -> study.Panels:
-    """Return the losses on MiniLM, and those of the network at the best learning rates."""
+    """Return the losses on MiniLM, and the losses of the network at its best learning rates."""
     own = [row for row in rows if row["seed"] < study.TRIALS]
     found: dict[str, dict[str, Interval]] = {
         "MiniLM: held-out loss": {start: study.interval(real(own, start)) for start in STARTS}

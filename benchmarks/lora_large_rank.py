@@ -1,9 +1,10 @@
 """Cases of `--matrix large_rank`: rank 1024 as in vision-language models, and plain GEMMs.
 
 "one" is a single adapter on all rows; its peer is torch's products of the same sizes, two in the
-forward and four in the backward. "mixed" gives every second row an adapter of rank 1024 and the
-others one of rank 16. Its peer gathers an adapter's rows, multiplies them and adds them back, one
-adapter after another. `over_base` is the time over that of the peer, in the same rounds.
+forward and four in the backward. "mixed" gives every second row an adapter of rank 1024 and all
+other rows an adapter of rank 16. Its peer gathers an adapter's rows, multiplies them and adds them
+back, one adapter after another. `over_base` is the time divided by that of the peer in the same
+rounds.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ class Problem:
 
     @classmethod
     def make(cls, width: int, ranks: list[int], device: str, dtype: torch.dtype) -> Problem:
-        """Draw random values for which results are about one."""
+        """Draw random tensors for which the entries of the results are about 1."""
         g = torch.Generator(device).manual_seed(0)
 
         def normal(*size: int, std: float = 1.0) -> Tensor:
@@ -64,7 +65,7 @@ class Problem:
         return p
 
     def rows(self) -> list[tuple[Tensor, Tensor, Tensor]]:
-        """Return for every adapter its rows, and its factors at their true rank."""
+        """Return the rows and the factors of every adapter; the factors have their true rank."""
         return [
             ((self.ids == s).nonzero()[:, 0], self.a[s, :r], self.b[s, :, :r])
             for s, r in enumerate(self.ranks)
@@ -72,12 +73,12 @@ class Problem:
 
 
 def apply(p: Problem) -> None:
-    """Run the serving op."""
+    """Add the update of each row's adapter to y, with the op that serving uses."""
     ops.lora_apply_(p.y, p.x, p.a, p.b, p.ids, ranks=p.device_ranks, plan=p.plan)
 
 
 def step_forward(p: Problem) -> tuple[Tensor, Tensor]:
-    """Run the training op; return y and v."""
+    """Return the output y and the intermediate result v of the op that training uses."""
     return _c.lora_linear_forward(
         p.x, None, None, p.a, p.b, p.ids, None, p.device_ranks, 0.0, None, p.plan
     )
@@ -89,12 +90,12 @@ def step_backward(p: Problem) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def gemm_forward(p: Problem) -> None:
-    """Run two library products."""
+    """Run the forward of one adapter as two matrix products of torch."""
     p.y.addmm_(p.x @ p.a[0].T, p.b[0].T)
 
 
 def gemm_backward(p: Problem) -> list[Tensor]:
-    """Run four library products."""
+    """Run the backward of one adapter as four matrix products of torch."""
     dv = p.dy @ p.b[0]
     return [dv @ p.a[0], dv.T @ p.x, p.dy.T @ p.v]
 

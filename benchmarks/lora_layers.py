@@ -1,8 +1,8 @@
-"""Cases of `--matrix layers`: steps of a SmolLM2-shaped model and of layers, PEFT and lora_ext.
+"""Cases of `--matrix layers`: training steps of layers and of a SmolLM2-shaped model.
 
-A step is forward, backward and AdamW (``fused=True`` for all). Adapters trained at once are
-compared with one PEFT run per adapter, one after another. Losses and gradients are compared before
-timing.
+A step is forward, backward and AdamW (``fused=True`` for all). The peer is PEFT. Adapters that are
+trained at once are compared with PEFT runs of one adapter each, one after another. Losses and
+gradients are compared before timing.
 """
 
 from __future__ import annotations
@@ -88,7 +88,8 @@ def bench_layers(rounds: int) -> Iterator[Row]:
 
 
 def bench_many(rounds: int, rows: int = 16, adapters: int = 16) -> Iterator[Row]:
-    """Yield the rows of 16 adapters with 16 tokens each: lora_ext makes one call, PEFT 16 calls."""
+    """Yield the rows of 16 adapters with 16 tokens each: lora_ext makes one call for all adapters,
+    PEFT 16 calls."""
     wide, out = 576, 1536
     torch.manual_seed(0)
     base = nn.Linear(wide, out, bias=False).requires_grad_(False)
@@ -144,11 +145,12 @@ def bench_many(rounds: int, rows: int = 16, adapters: int = 16) -> Iterator[Row]
 
 
 def bench_modalities(rounds: int, samples: int = 12, length: int = 64) -> Iterator[Row]:
-    """Yield the rows of a vision layer on a mixed batch: one call for all, and one per sample.
+    """Yield the rows of a vision layer on a mixed batch, computed by one call or by one call per
+    sample.
 
-    The first of every three samples is half image, with the vision adapter of rank 64, and half
-    text with an adapter of rank 16. The second is text with that adapter; the third is text of the
-    base model.
+    Of every three samples, the first is half image, with the vision adapter of rank 64, and half
+    text, with an adapter of rank 16. The second sample is text with the adapter of rank 16, the
+    third is text of the base model.
     """
     wide, out, rank = 576, 1536, 64
     torch.manual_seed(0)
@@ -233,7 +235,8 @@ def _step_of(layer: nn.Module, x: Tensor, dy: Tensor) -> Callable[[], None]:
 
 
 def _check_layer(theirs: Any, ours: Any, x: Tensor, dy: Tensor) -> float:
-    """Compare results and gradients without dropout, whose masks would differ."""
+    """Return the largest error of results and gradients. Dropout is disabled, since masks would
+    differ."""
     wide, x64 = copy.deepcopy(theirs).double(), x.detach().double().requires_grad_()
     found: list[list[Tensor]] = []
     for layer, rows in ((ours, x), (theirs, x), (wide, x64)):
@@ -260,12 +263,12 @@ def _check(ours: Tensor, peer: Tensor, exact: Tensor, what: str) -> float:
     """Return the largest error, divided by its bound; exit if this is above 1."""
     worst = error_over_bound(ours, peer, exact)
     if not worst <= 1:
-        raise SystemExit(f"lora_layers: {what}: found an error of {worst:.3g} times the bound")
+        raise SystemExit(f"lora_layers: {what}: expected error / bound <= 1, found {worst:.3g}")
     return worst
 
 
 def _saved_bytes(step: Callable[[], None]) -> int:
-    """Return the bytes that autograd saves for the backward; each storage counts once."""
+    """Return the bytes that autograd saves for the backward; each storage is counted once."""
     kept: dict[int, int] = {}
 
     def pack(t: Tensor) -> Tensor:

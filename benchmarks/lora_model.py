@@ -43,7 +43,7 @@ class Engines:
 
 
 def build(folder: Path, layers: int = 30) -> Engines:
-    """Create engines with random weights; adapters are written to ``folder`` as PEFT's files."""
+    """Return engines with random weights; write the adapters to ``folder`` in PEFT's format."""
     transformers.logging.set_verbosity_error()
     warnings.filterwarnings("ignore", category=FutureWarning)  # deprecated names
     torch.manual_seed(0)
@@ -172,7 +172,8 @@ def check(case: str, logits: dict[str, Tensor], exact: Tensor) -> float:
 
 
 def bench_memory(engines: Engines) -> Iterator[Row]:
-    """Yield rows with the bytes of the pool, and with those of the pages that its adapters need."""
+    """Yield rows with the bytes of the pool, and with the bytes of the pages that its adapters
+    need."""
     pages = 0
     for module in engines.plain.modules():
         if isinstance(module, torch.nn.Linear) and module is not engines.plain.lm_head:

@@ -1,7 +1,7 @@
 """Cases of `--matrix decode prefill ops`: single LoRA ops at shapes of 8B models, and peers.
 
-The adapters of a case are in several banks that are used in turn, together far larger than any
-cache, because a serving step visits every layer before it uses the same adapter again. x and y,
+The adapters of a case are in several banks, which are used in turn and are together far larger than
+any cache. In serving, too, a step runs all layers before it reads the same factors again. x and y,
 which the previous layer has just written, stay in the cache.
 """
 
@@ -23,13 +23,14 @@ CHECKED_ROWS = 48
 
 
 def ceil_div(a: int, b: int) -> int:
-    """Return a / b, rounded up."""
+    """Return ``a / b``, rounded up."""
     return -(-a // b)
 
 
 @dataclass(frozen=True)
 class Shape:
-    """T tokens spread evenly and contiguously over S adapters; x (T, I), y (T, O)."""
+    """Sizes of a case: T tokens, of which each of S adapters has an equal, contiguous part; x ``(T,
+    I)``, y ``(T, O)``."""
 
     case: str
     tokens: int
@@ -58,7 +59,7 @@ MIXED = Shape("mixed ranks", 64, 64, 4096, 4096, 64)
 
 @dataclass
 class Problem:
-    """Tensors of a shape. Banks contain different adapters, with the same ids and ranks."""
+    """Tensors of a case. The banks contain different adapters, with the same ids and ranks."""
 
     shape: Shape
     x: Tensor
@@ -78,7 +79,8 @@ class Problem:
         ranks: list[int] | None = None,
         paged: bool = False,
     ):
-        """Draw values for which y is about one; pages are in random order, as after swaps."""
+        """Draw random tensors for which the entries of y are about 1. Pages are in random order, as
+        after loads and evictions."""
         make = torch.Generator(device).manual_seed(0)
 
         def normal(*size: int, std: float = 1.0) -> Tensor:
@@ -149,7 +151,8 @@ PROVIDERS: dict[str, Callable[[Problem], None]] = {
 
 
 def providers_of(p: Problem) -> dict[str, Callable[[Problem], None]]:
-    """Return the providers, without "gather_bmm" if its copies would exceed 1 GiB."""
+    """Return the functions to compare by name, without "gather_bmm" if its copies would exceed 1
+    GiB."""
     s = p.shape
     gathered = s.tokens * s.rank * (s.in_features + s.out_features) * p.x.dtype.itemsize
     return {n: f for n, f in PROVIDERS.items() if n != "gather_bmm" or gathered <= 1 << 30}
@@ -198,7 +201,7 @@ def timer(device: str) -> Callable[..., dict[str, Timing]]:
 def bench_shapes(
     matrix: str, shapes: tuple[Shape, ...], device: str, dtype: torch.dtype, rounds: int
 ) -> Iterator[Row]:
-    """Yield the rows of every provider at every shape, and of a copy, timed in the same rounds."""
+    """Yield the rows of every function at every shape, and of a copy, timed in the same rounds."""
     copy, copied = copy_call(device=device)
     for shape in shapes:
         p = Problem.make(shape, device, dtype)
@@ -226,9 +229,9 @@ def bench_shapes(
 def bench_mixed_ranks(device: str, dtype: torch.dtype, rounds: int) -> Iterator[Row]:
     """Yield the rows of a call with ranks 8, 16, 32 and 64, and of a call with all ranks 64.
 
-    This shows whether the mean rank or the largest one determines the time. In a pool, an adapter
-    has only the pages that its rank needs. In a bank ``b (A, O, 64)``, rows are 64 wide for every
-    adapter, and an adapter of rank 8 uses only a part of each cache line.
+    The rows show whether the mean rank or the largest rank determines the time. In a pool, an
+    adapter has only the pages that its rank needs. In a bank ``b (A, O, 64)``, rows are 64 wide for
+    every adapter, and an adapter of rank 8 uses only a part of each cache line.
     """
     mixed = [8, 16, 32, 64] * (MIXED.adapters // 4)
     problems = {

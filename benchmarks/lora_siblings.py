@@ -33,7 +33,7 @@ SIBLINGS = {"q k v": (576, 192, 192), "gate up": (1536, 1536)}
 
 
 def row(rows: int, outs: tuple[int, ...], rounds: int) -> dict[str, Timing]:
-    """Time the LoRA ops of all layers that share one input."""
+    """Time the LoRA ops of all layers with the same input; return the timings by name."""
     ids = torch.arange(rows) % ADAPTERS
     plan, scale = ops.lora_plan(ids, ADAPTERS), torch.ones(ADAPTERS)
     x = torch.randn(rows, IN)
@@ -84,7 +84,8 @@ def _emulator() -> Any:
 
 
 def launches(rows: int, modules: int) -> tuple[int, int] | None:
-    """Return the launches of separate ops and of one op on the emulator, or None without it."""
+    """Return the numbers of launches of separate ops and of one op on the emulator, or None without
+    the emulator."""
     emulator = _emulator()
     if emulator is None:
         return None
@@ -107,7 +108,7 @@ def launches(rows: int, modules: int) -> tuple[int, int] | None:
 
 def decode_steps(rounds: int) -> dict[str, Timing]:
     """Time a decode step of a SmolLM2-shaped model without adapters, with separate ops and with one
-    op. Exit if the results of the last two differ."""
+    op. Exit if the results with separate ops and with one op differ."""
     from lora_model import CONTEXT, NAMES, Step, _sharing_weights, build
 
     _siblings.SHARE_ON_CPU = True

@@ -1,7 +1,8 @@
 """Cases of `--matrix train`: forward and backward of LoRA in training, without the base GEMMs.
 
 T1 to T3 are a layer of an 8B model on 8192 tokens. The peer is the usual training code for several
-adapters: one after another, two GEMMs in each direction, with a new mask of torch's dropout.
+adapters: it computes one adapter after another, with two GEMMs for the forward, four for the
+backward, and a new mask of torch's dropout.
 """
 
 from __future__ import annotations
@@ -45,7 +46,8 @@ class Problem:
 
     @classmethod
     def make(cls, s: Shape, device: str, dtype: torch.dtype) -> Problem:
-        """Draw random values of about one, for which products are about one too."""
+        """Draw random tensors with entries of about 1, for which products have entries of about 1
+        too."""
         g = torch.Generator(device).manual_seed(0)
 
         def normal(*size: int, std: float = 1.0) -> Tensor:
@@ -67,7 +69,7 @@ class Problem:
         return p
 
     def nbytes(self) -> dict[str, int]:
-        """Return the compulsory traffic: forward x and y; backward dy twice, x, dx in and out."""
+        """Return the bytes that forward and backward must read or write at least."""
         s, size = self.shape, self.x.dtype.itemsize
         weights = s.adapters * s.rank * (s.in_features + s.out_features)
         # Here y and dx start as zeros instead of base products.
@@ -100,7 +102,7 @@ def loop_forward(p: Problem) -> list[Tensor]:
 
 
 def loop_backward(p: Problem) -> list[tuple[Tensor, ...]]:
-    """Run the backward of ``loop_forward``, as autograd does from the saved dropped x.
+    """Run the backward of ``loop_forward`` as autograd does, with the saved input after dropout.
 
     In the last product, x takes the place of the mask, which has the same number of bytes; the
     result is not used.

@@ -1,8 +1,8 @@
 """Run the reproductions of all methods, and write docs/reproduction.md.
 
 `python benchmarks/methods.py` runs `benchmarks/<method>.py --check` of every method, which measures
-the arms without rows, then writes the page from the rows in benchmarks/results. An interrupted run
-can be continued. The exit status is 1 if a gate or a criterion of a headline is not met.
+the missing arms, then writes the page from the rows in benchmarks/results. An interrupted run can
+be continued. The exit status is 1 if a gate or a criterion of a headline is not met.
 
     --only copra splora    runs only these studies; the page still contains all
     --from-results         runs no study
@@ -58,7 +58,7 @@ benchmarks/methods.py` measures what is missing and writes this page (`--left`: 
 def main(arguments: list[str] | None = None) -> int:
     known = studies()
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--only", nargs="+", choices=known, metavar="METHOD", help="run these")
+    parser.add_argument("--only", nargs="+", choices=known, metavar="METHOD", help="methods to run")
     parser.add_argument("--from-results", action="store_true", help="run no study")
     parser.add_argument("--left", action="store_true", help="print the minutes of missing runs")
     parser.add_argument("--json", action="store_true", help="print the verdicts as JSON")
@@ -129,21 +129,23 @@ def page(names: Iterable[str]) -> str:
 def found_rows(name: str, module: ModuleType) -> tuple[study.Rows, int]:
     """Return the rows of the current settings, and the number of rows of other settings.
 
-    If the texts are not installed, the settings of the last row count as the current ones.
+    If the texts are not installed, the settings of the last row are used as the current settings.
     """
     path = study.RESULTS / f"{name}.csv"
     try:
         store = study.Store.of(path, module, quick=False)
     except (ModuleNotFoundError, RuntimeError, ValueError) as error:
-        # The settings contain the hash of the texts; without them, those of the last row are used.
+        # The settings contain the hash of the texts; without the texts, the last row's settings are
+        # used.
         print(f"{name}: {error}")
         store = study.Store.of_last(path)
     return store.rows(), store.others()
 
 
 def told(judged: study.Judged, claim: study.Claim) -> str:
-    """Return the result, after the number of seeds if some are missing, what a test would need if
-    the gate fails, or the earlier result."""
+    """Return a text with the result, and the number of seeds if some seeds are missing. Without a
+    result, the text contains the result of the earlier protocol. If the gate fails, it contains
+    what a test would need."""
     if judged.word == study.NOT_TESTABLE:
         needs = claim.needs and f". A test would need {claim.needs}"
         return f"none, since the gate fails{needs}"
@@ -155,7 +157,8 @@ def told(judged: study.Judged, claim: study.Claim) -> str:
 
 
 def gate_of(judged: study.Judged, claim: study.Claim) -> str:
-    """Return the gate's conditions with the values found, or the claim's text if it has not run."""
+    """Return the gate's conditions with the measured values, or the claim's text if the gate has
+    not been judged."""
     if not judged.gate:
         return claim.gate
     rates = sum(g.met and g.asked == study.INSIDE for g in judged.gate)
@@ -170,7 +173,8 @@ def gate_of(judged: study.Judged, claim: study.Claim) -> str:
 
 
 def others(judged: study.Judged) -> str:
-    """Return the number of criteria that are met, and the others that the result does not name."""
+    """Return a text with the number of criteria that are met, and the missed criteria that the
+    result does not name."""
     met = sum(bool(c.passed) for c in judged.criteria)
     missed = [
         f"{c.name}: {c.found} ({c.asked})"
@@ -184,7 +188,7 @@ def others(judged: study.Judged) -> str:
 def section(
     name: str, module: ModuleType, rows: study.Rows, judged: study.Judged, stale: int
 ) -> str:
-    """Return a method's section: claim, set-up, gate, criterion, result, verdict, advice."""
+    """Return a method's section of the page: claim, set-up, gate, criterion, result and verdict."""
     claim = module.CLAIM
     judged_text = "" if judged.word == study.NOT_RUN or not judged.criteria else others(judged)
     lines = [
@@ -195,8 +199,7 @@ def section(
         f"* Gate: {gate_of(judged, claim)}.",
         f"* Criterion: {claim.headline}{judged_text}.",
         f"* Result: {told(judged, claim)}.",
-        f"* Verdict: **{judged.word}** ([notes](notes/{name}.md)).",
-        f"* Use it when {claim.use}. Not when {claim.avoid}.",
+        f"* Verdict: **{judged.word}** ([advice]({name}.md), [notes](notes/{name}.md)).",
     ]
     arms = [
         *study.trials_of(module, rows, False),

@@ -1,4 +1,4 @@
-"""Time PEFT's X-LoRA and Arrow layers, and layers of other kinds than LoRA, with and without ours.
+"""Time PEFT's X-LoRA, Arrow and other adapter layers, with PEFT's code and with ours.
 
 `python benchmarks/mixtures.py [--matrix layers pairs kinds] [--keep-memory] [--check] [--out F]`.
 All times are processor times of one thread, measured in short turns in one process. Outputs and
@@ -13,12 +13,12 @@ base product is enough, and for a pair of adapters, the time of one adapter of t
 
 PEFT's Arrow allocates `(tokens, adapters, outputs)` several times per call, 25 MB each. If glibc
 returns them to the system, the next call spends half of its time on page faults (`faults`, per
-call). By default it always returns blocks above 32 MiB (here, more than 680 tokens), and smaller
-ones depending on what the process allocated before. So each router and top k has its own process
-with fixed limits: blocks of 4 MiB and more are returned, as for larger batches, and others are
-kept. The targets were set when glibc returned at least half of them. With `--keep-memory` all
-blocks are kept, PEFT's fastest state, in which Arrow misses its targets: PEFT's forward takes 2.4
-times as long as the base product alone.
+call). By default glibc always returns blocks above 32 MiB (here, more than 680 tokens); whether it
+returns smaller blocks depends on what the process allocated before. Each router and top k therefore
+has its own process with fixed limits: blocks of 4 MiB and more are returned, as for larger batches,
+and smaller blocks are kept. The targets were set when glibc returned at least half of the blocks.
+With `--keep-memory` all blocks are kept, PEFT's fastest state, in which Arrow misses its targets:
+PEFT's forward takes 2.4 times as long as the base product alone.
 """
 
 from __future__ import annotations
@@ -167,7 +167,8 @@ class Step:
 
 
 def base_step(step: Step) -> Call:
-    """Return the base product of a step, with the gradient of x if the step has one."""
+    """Return a call that computes the base product of a step, and the gradient of x if the step
+    computes it."""
     base = step.layer.base_layer
 
     def call() -> None:
@@ -180,7 +181,8 @@ def base_step(step: Step) -> Call:
 
 
 def dense_step(step: Step, rank: int) -> Call:
-    """Return the base product and one LoRA update, with the gradients of a step."""
+    """Return a call that computes the base product and one LoRA update, with the gradients of a
+    step."""
     base, grad = step.layer.base_layer, step.index == 2
     factors = [torch.randn(rank, IN) / IN**0.5, torch.randn(OUT, rank) / rank**0.5]
     a, b = (f.requires_grad_(grad) for f in factors)
@@ -196,7 +198,7 @@ def dense_step(step: Step, rank: int) -> Call:
 
 
 def checked(case: str, ours: list[Tensor], peer: list[Tensor], exact: list[Tensor]) -> float:
-    """Return the largest error over its bound; exit if it is above 1."""
+    """Return the largest error, divided by its bound; exit if the quotient is above 1."""
     with torch.no_grad():
         worst = max(error_over_bound(*each) for each in zip(ours, peer, exact, strict=True))
     if not worst <= 1:
@@ -205,7 +207,7 @@ def checked(case: str, ours: list[Tensor], peer: list[Tensor], exact: list[Tenso
 
 
 def above_base(times: dict[str, Timing], provider: str) -> float:
-    """Return the time of a provider above the base product, as a share of PEFT's."""
+    """Return the time of ``provider`` beyond that of the base product, divided by PEFT's."""
     rounds = (times[name].rounds for name in (provider, "peft", "base"))
     return statistics.median(
         max(one - base, 0.0) / max(peer - base, 1e-9)
@@ -245,7 +247,7 @@ def bench_layers(
 
 
 def bench_kinds(rounds: int, seconds: float) -> Iterator[dict[str, Any]]:
-    """Yield the rows of layers of the kinds of adapters."""
+    """Yield the rows of layers with the adapters in ``KINDS``."""
     x, dy = torch.randn(BATCH * LENGTH, IN), torch.randn(BATCH * LENGTH, OUT)
     for kind, (config, targets) in KINDS.items():
         torch.manual_seed(0)
@@ -358,8 +360,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--matrix", nargs="+", choices=MATRICES, default=list(MATRICES))
     parser.add_argument("--rounds", type=int, default=41)
-    parser.add_argument("--seconds", type=float, default=0.02, help="of each measurement")
-    parser.add_argument("--keep-memory", action="store_true", help="no page faults in any call")
+    parser.add_argument("--seconds", type=float, default=0.02, help="duration of a measurement")
+    parser.add_argument("--keep-memory", action="store_true", help="keep all freed blocks")
     parser.add_argument("--out", type=Path, help="csv file to which rows are appended")
     parser.add_argument("--check", action="store_true", help="exit with 1 if a target is missed")
     given = parser.parse_args()

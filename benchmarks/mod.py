@@ -64,7 +64,7 @@ def settings(quick: bool) -> Mapping[str, object]:
 
 
 def trials(rows: Rows, quick: bool) -> Iterator[Row]:
-    """Yield the runs from which the learning rates, k and the initial mass are chosen."""
+    """Yield the runs that choose the learning rates, k and the initial mass of the last layer."""
     yield {"seed": CHOOSING, "arm": UNTUNED}
     for rate in GRIDS[LORA].asked(losses_by_rate(rows, LORA)):
         yield {"seed": CHOOSING, "arm": LORA, "rate": rate}
@@ -165,7 +165,7 @@ def build(model: Any, arm: str, config: mod.ModConfig) -> None:
 
 
 def data(seed: int, steps: int, quick: bool) -> tuple[Any, Any]:
-    """Return rows that are held out for every seed, and batches of the others."""
+    """Return the rows of tokens that are held out for every seed, and batches of all other rows."""
     held, length = (4, 16) if quick else (HELD_OUT, LENGTH)
     rows = language.rows_of("python", held + (40 if quick else ROWS), length, quick)
     g = torch.Generator().manual_seed(seed)
@@ -212,8 +212,8 @@ def share(rows: Rows) -> Interval:
 
 
 def gate(rows: Rows) -> list[Gate]:
-    """Check LoRA's gain, MoD's number of parameters, and that no best learning rate is at the upper
-    end of its grid."""
+    """Check LoRA's gain and MoD's number of parameters, and that no best learning rate is at the
+    upper end of its grid."""
     untuned = study.mean(rows, "loss", arm=UNTUNED)
     gain = untuned - min(losses_by_rate(rows, LORA).values())
     part = study.mean(rows, "parameters", arm=ALONE) / study.mean(rows, "parameters", arm=LORA)
@@ -274,7 +274,7 @@ def criteria(rows: Rows) -> list[Criterion]:
 
 
 def figure(rows: Rows) -> str:
-    """Format the loss that MoD adds to LoRA's, and MoD's share of LoRA's gain."""
+    """Return a text with the change of LoRA's loss by MoD, and MoD's share of LoRA's gain."""
     part = study.mean(rows, "parameters", arm=ALONE) / study.mean(rows, "parameters", arm=LORA)
     return (
         f"adding MoD to LoRA changed the loss by {less(rows, BOTH, LORA):+.4f} nats per token, and "

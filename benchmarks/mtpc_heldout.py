@@ -5,11 +5,11 @@ call are estimated on the model's answers to questions about unseen things. For 
 estimate is ``1 + E[sum_k prod_{j <= k} min(1, q_j / p_j)]``, the mean number that the verifier of a
 sampling decoder keeps. For greedy text, it counts drafted tokens that the model finds most likely.
 
-Then the decoder runs with a long chain of windows. Its calls show how many tokens shorter chains
-would have kept, and how many a rule that continues drafting while the product of the draft's
+Then the decoder runs with a long chain of windows. Its calls show how many tokens would have been
+kept with shorter chains, or with a rule that continues drafting while the product of the draft's
 confidences is high. The best choice depends on the cost of a drafted token. With --compare STEPS,
-other drafts are instead trained on the same answers, for STEPS steps each, and their tokens per
-call are estimated. Rows are appended to OUT/mtpc_smollm2.csv.
+other drafts are trained on the same answers instead, for STEPS steps each, and the tokens per call
+of these drafts are estimated. Rows are appended to OUT/mtpc_smollm2.csv.
 """
 
 from __future__ import annotations
@@ -86,7 +86,7 @@ def unseen_questions(tokenizer: Any, count: int) -> list[Tensor]:
 def kept(draft: mtpc.Draft, batch: Batch, mode: str) -> Tensor:
     """Return the probability that each token of the text is accepted, ``(N, K)``.
 
-    It is conditional on the acceptance of the call's earlier tokens.
+    The probability is conditional on the acceptance of the call's earlier tokens.
     """
     n, parts = draft.config.n_token, list[Tensor]()
     for k, state in enumerate(mtpc_samples.window_states(draft, batch)):
@@ -105,12 +105,14 @@ def kept(draft: mtpc.Draft, batch: Batch, mode: str) -> Tensor:
 
 
 def tokens_a_call(kept: Tensor) -> float:
-    """Return the mean number of tokens per call: the verifier's one, and the accepted drafts."""
+    """Return the mean number of tokens per call: the verifier's token and the accepted drafted
+    tokens."""
     return 1 + kept.cumprod(1).sum(1).mean().item()
 
 
 def estimate(draft: mtpc.Draft, texts: dict[str, Answers], case: str) -> list[dict[str, Any]]:
-    """Print and return tokens per call, and the share accepted at each position of the chain."""
+    """Print and return the tokens per call, and the share of tokens accepted at each position of
+    the chain."""
     rows, k = [], draft.config.n_token * draft.config.chain
     for mode, data in texts.items():
         batches = (
@@ -165,7 +167,8 @@ def recorded(
 
 
 def lengths(sure: Tensor, accepted: Tensor, cost: float) -> Iterator[tuple[str, float, float]]:
-    """Yield tokens per call, and tokens per cost, of every fixed chain and of the best rule.
+    """Yield the name, the tokens per call and the tokens per unit of cost of every fixed chain and
+    of the best rule.
 
     The rule continues drafting while the product of the confidences is at least a threshold. The
     cost of a call without a draft is 1.
@@ -204,7 +207,8 @@ def choose_lengths(draft: mtpc.Draft, args: argparse.Namespace) -> list[dict[str
 
 
 def compare(texts: dict[str, Answers], args: argparse.Namespace) -> list[dict[str, Any]]:
-    """Train every draft in DRAFTS for some steps; print and return its tokens per call."""
+    """Train every draft in DRAFTS for some steps; print and return the tokens per call of each
+    draft."""
     model, _ = smollm2.load_smollm2()
     data, rows = Answers(*torch.load(args.head / "answers.pt")), []
     for name, (config, distil) in DRAFTS.items():
@@ -238,7 +242,7 @@ def main() -> None:
     parser.add_argument("--shortlist", type=int, default=4096, help="tokens that can be drafted")
     parser.add_argument("--longest", type=int, default=6, help="length of the recorded chain")
     parser.add_argument(
-        "--cost", type=float, default=0.04, help="of a drafted token; a call without draft costs 1"
+        "--cost", type=float, default=0.04, help="cost of a drafted token; a call without draft: 1"
     )
     parser.add_argument("--questions", type=int, default=32, help="number of questions")
     parser.add_argument("--new-tokens", type=int, default=64, help="tokens of an answer")

@@ -146,7 +146,8 @@ class Batch(NamedTuple):
 
 
 def places(data: Answers, k: int) -> Tensor:
-    """Return the positions of tokens that are followed by ``k`` tokens of the same answer."""
+    """Return the positions in ``data`` of tokens that are followed by ``k`` tokens of the same
+    answer."""
     end, found = 0, list[int]()
     for length in data.lengths.tolist():
         found += range(end, end + length - k)
@@ -155,7 +156,7 @@ def places(data: Answers, k: int) -> Tensor:
 
 
 def windows(data: Answers, at: Tensor, k: int) -> Batch:
-    """Return the windows of ``k`` tokens at these positions."""
+    """Return the windows of ``k`` tokens after the tokens at the positions ``at``."""
     window = at[:, None] + torch.arange(k + 1)
     later = window[:, 1:]
     tokens, teacher = data.tokens[window], data.hidden[later]
@@ -163,7 +164,7 @@ def windows(data: Answers, at: Tensor, k: int) -> Batch:
 
 
 def batches(data: Answers, k: int, size: int) -> Iterator[Batch]:
-    """Yield batches of random windows inside answers, without end."""
+    """Yield batches of random windows inside answers; the generator never ends."""
     every = places(data, k)
     while True:
         yield windows(data, every[torch.randint(len(every), (size,))], k)
@@ -221,7 +222,8 @@ def _cross_entropy(draft: mtpc.Draft, batch: Batch) -> Tensor:
 
 
 def _read(draft: mtpc.Draft, batch: Batch) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield the states before the unembedding, of the draft and of the model, for every token."""
+    """Yield, for every token of a window, the states of the draft and of the model before the
+    unembedding."""
     for k, state in enumerate(window_states(draft, batch)):
         yield draft.head.leaves.states(state).bfloat16(), batch.teacher[:, k]
 
@@ -237,7 +239,7 @@ def _divergence(draft: mtpc.Draft, batch: Batch, unembed: Tensor) -> Tensor:
 def _missed_overlap(draft: mtpc.Draft, batch: Batch, unembed: Tensor) -> Tensor:
     """Return the negative overlap of the draft's and the model's distributions.
 
-    It is a sum over positions, each weighted by the probability that decoding reaches it.
+    The overlap is a sum over positions, weighted by the probability that decoding reaches each.
     """
     loss, survival = torch.tensor(0.0), torch.ones(len(batch.hidden))
     for k, (state, teacher) in enumerate(_read(draft, batch)):
@@ -253,7 +255,7 @@ def _missed_overlap(draft: mtpc.Draft, batch: Batch, unembed: Tensor) -> Tensor:
 def _kept(p: Tensor, q: Tensor, place: Tensor) -> Tensor:
     """Return the probability ``min(1, q / p)`` that a drafted token of the text is accepted.
 
-    It is 0 for a token outside the shortlist, whose ``place`` is -1.
+    The probability is 0 for a token outside the shortlist, which has the ``place`` -1.
     """
     at = place.clamp(min=0)[:, None]
     return (q.gather(1, at) / p.gather(1, at))[:, 0].clamp(max=1).masked_fill(place < 0, 0)

@@ -1,9 +1,9 @@
 """Time a circuit head on SmolLM2-135M: `python benchmarks/mtpc_smollm2.py --head DIR --check`.
 
-Prints the time of a forward by its number of tokens, the time of the parts of a decoder call, and
-tokens per second of the decoder and of plain decoding, greedy and sampling, at batch 1. Both use
-the forwards of `lean.py` with packed weights; plain decoding is also timed without packing. Greedy
-tokens are checked against the model's. --check requires 1.3 x in float32.
+The script prints the time of a forward by its number of tokens, the time of the parts of a decoder
+call, and tokens per second of the decoder and of plain decoding, greedy and sampling, at batch 1.
+Both use the forwards of `lean.py` with packed weights; plain decoding is also timed without
+packing. Greedy tokens are checked against the model's. --check requires 1.3 x in float32.
 
 --train STEPS trains the head first: the model answers questions (`mtpc_samples.py`), and the head
 learns from these answers for STEPS steps. Its tokens per call on answers to other questions are
@@ -56,8 +56,8 @@ def trained(args: argparse.Namespace) -> None:
 
 @torch.no_grad()
 def passes(lean: dict[str, LeanLlama], dtype: str) -> Rows:
-    """Time forwards of 1 to 8 tokens after 64 cached ones, and compute the time to read the weights
-    at the machine's memory bandwidth."""
+    """Time forwards of 1 to 8 tokens after 64 cached tokens, and compute the time to read the
+    weights at the machine's memory bandwidth."""
     context = torch.randint(1000, (1, 64))
     calls: dict[str, Any] = {}
     for (name, model), rows in itertools.product(lean.items(), (1, 2, 3, 4, 6, 8)):
@@ -87,7 +87,8 @@ def passes(lean: dict[str, LeanLlama], dtype: str) -> Rows:
 def parts(
     decoder: mtpc.SpeculativeDecoder, questions: list[Tensor], settings: Any, dtype: str
 ) -> Rows:
-    """Return rows with the milliseconds of a call's forward, draft, verification and the rest."""
+    """Return rows with the milliseconds of a call's forward, draft, verification and remaining
+    work."""
     spent: Counter[str] = Counter()
 
     def timed(owner: Any, attribute: str) -> Any:
@@ -188,7 +189,7 @@ def main() -> None:
     """Train if requested, then time the head."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--head", type=Path, default=FOLDER / "mtpc_smollm2", help="head's folder")
-    parser.add_argument("--train", type=int, default=0, help="steps; 0 times the head of --head")
+    parser.add_argument("--train", type=int, default=0, help="training steps; 0: use --head")
     parser.add_argument("--check", action="store_true", help=f"require {TARGET} x in float32")
     parser.add_argument("--draws", type=int, default=1, help="sampled answers per question")
     parser.add_argument("--answer-tokens", type=int, default=128, help="tokens to learn from")

@@ -39,14 +39,14 @@ class Accuracy(NamedTuple):
 
 
 def rounded(weight: Tensor, bits: int, group: int, minimum: bool) -> Tensor:
-    """Return a weight ``(O, I)`` that ``ops.pack_weight`` has rounded."""
+    """Return ``weight (O, I)`` as rounded by ``ops.pack_weight``."""
     wide = F.pad(weight, (0, -weight.shape[1] % group))
     packed = ops.pack_weight(wide, bits=bits, group=group, minimum=minimum)
     return ops.unpack_weight(packed, *wide.shape)[:, : weight.shape[1]]
 
 
 def rounded_by_gguf(weight: Tensor, name: str) -> Tensor:
-    """Return a weight ``(O, I)`` rounded to a type of GGUF by the package ``gguf``."""
+    """Return ``weight (O, I)`` as rounded to a type of GGUF by the package ``gguf``."""
     gguf: Any = importlib.import_module("gguf")
     kind = gguf.GGMLQuantizationType[name]
     codes = gguf.quants.quantize(weight.numpy(), kind)
@@ -80,7 +80,7 @@ def formats() -> dict[str, tuple[Rounding, Rounding]]:
 
 
 def answers(model: Any, tokenizer: Any) -> tuple[Tensor, int]:
-    """Return questions with sampled answers ``(B, T)``, and the tokens of a question."""
+    """Return questions with sampled answers ``(B, T)``, and the number of tokens of a question."""
     asked = [question(tokenizer, verb, thing) for verb in VERBS for thing in THINGS]
     prompts = torch.stack([ids for ids in asked if len(ids) == len(asked[0])][:ANSWERS])
     torch.manual_seed(0)
@@ -126,6 +126,7 @@ def bench_accuracy(model: Any, tokenizer: Any) -> Iterator[Accuracy]:
 
 
 def _log_probabilities(model: Any, row: Tensor, start: int) -> Tensor:
-    """Return the logarithms ``(N, V)`` of the probabilities before each of the N answer tokens."""
+    """Return the log-probabilities ``(N, V)`` of the next token before each of the N answer
+    tokens."""
     logits = model(row[None], logits_to_keep=len(row) - start + 1).logits[0, :-1]
     return logits.float().log_softmax(-1)

@@ -98,7 +98,7 @@ class Row(NamedTuple):
     in_features: int | str
     out_features: int | str
     unit: str
-    time: float  # of a product the least of all rounds, of a step the median
+    time: float  # of a product: the least of all rounds; of a step: the median
     over_base: float  # time over that of torch's linear, or of the step without adapters
     over_reading: float | str  # time over that of reading the packed bytes, in the same rounds
 
@@ -134,7 +134,7 @@ class Sweep(NamedTuple):
 
 
 def products(x: Tensor, weight: Tensor) -> dict[str, Sweep]:
-    """Return, by provider, products of x with a weight, and reading of each packed weight."""
+    """Return calls by name: products of x with a weight, and calls that read each packed weight."""
     (rows, wide), out, size = x.shape, weight.shape[0], weight.nbytes
     each: dict[str, tuple[Tensor, Tensor, Callable[[Tensor], Tensor]]] = {
         "F.linear": (weight, weight, lambda w: F.linear(x, w)),
@@ -175,7 +175,7 @@ def _all(weights: list[Tensor], call: Any) -> None:
 
 
 def bench_ops(dtype: torch.dtype, rounds: int) -> Iterator[Row]:
-    """Yield rows with the least time of each provider, or least processor time with one thread."""
+    """Yield rows with the least time of each product; with one thread, the least processor time."""
     clock = time.thread_time if torch.get_num_threads() == 1 else time.perf_counter
     for wide, out in SHAPES:
         weight = torch.randn(out, wide).to(dtype)
@@ -298,7 +298,7 @@ def bench_model(
 
 
 def bits_engines(dtype: torch.dtype) -> dict[str, Any]:
-    """Return SmolLM2-135M, and with adapters over weights of 8 and 4 bits.
+    """Return SmolLM2-135M, alone and with adapters over weights of 8 and 4 bits.
 
     A model whose name ends with "dequantised" has the same weights, without packing.
     """

@@ -1,10 +1,10 @@
-// Products with packed weights, without torch: the time of SmolLM2's shapes beside the floor, which
-// is reading the weight's bytes once by all threads, in the same run.
+// Products with packed weights, without torch: the time at SmolLM2's shapes and its lower bound,
+// the time in which all threads read the weight's bytes once, measured in the same run.
 //
 //   packed_twin [threads] [isa]
 //
-// A sweep goes over so many weights of one shape that the L2 caches hold none of them from the
-// last one: 64 MB, more than the L3 cache of most machines. Each thread takes its share of
+// A sweep uses so many weights of one shape that no weight is still in an L2 cache when the next
+// sweep begins: 64 MB, more than the L3 cache of most machines. Each thread uses its share of
 // every weight.
 #include <algorithm>
 #include <cstdio>
@@ -23,8 +23,8 @@ namespace {
 
 constexpr int64_t kSweep = int64_t{64} << 20;
 
-// The processor time of the slowest thread, which other work on the machine disturbs less than it
-// does the clock on the wall.
+// The processor time of the slowest thread. Other work on the machine affects it less than
+// wall-clock time.
 double seconds(int threads, const std::function<void(int)>& work) {
     std::vector<double> taken(threads);
     const auto measured = [&](int i) {

@@ -32,10 +32,11 @@ def held() -> int:
 def main() -> None:
     """Print the pool's and the process's memory for each number of adapters.
 
-    With ``--check``, exit if the process has grown by 256 MiB more than the bytes in use.
+    With ``--check``, exit with an error if the process has grown by 256 MiB more than the pool
+    uses.
     """
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--check", action="store_true", help="fail if the process takes much more")
+    parser.add_argument("--check", action="store_true", help="fail if the process grows too much")
     check = parser.parse_args().check
     meta = torch.device("meta")
     blocks = range(32)

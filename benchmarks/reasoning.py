@@ -74,8 +74,8 @@ def settings(quick: bool) -> Mapping[str, object]:
 
 
 def trials(rows: Rows, quick: bool) -> Iterator[Row]:
-    """Yield the runs from which the number of hops and the learning rates are chosen, then those of
-    the gate."""
+    """Yield the runs that choose the number of hops and the learning rates, then the runs that the
+    gate judges."""
     for hops in HOPS:
         yield {"seed": CHOOSING, "task": PLANNING, "part": "frozen", "hops": hops}
     yield {"seed": CHOOSING, "task": REASONING, "part": "frozen"}
@@ -176,24 +176,24 @@ def train(model: Any, batches: Iterator[dict[str, Tensor]], rate: float, part: s
 
 @torch.no_grad()
 def figures(model: Any, batch: dict[str, Tensor]) -> dict[str, float]:
-    """Return loss and accuracy, and the accuracy of the best constant strategy.
-
-    A constant strategy always answers with the hash at the same distance from the start of the
-    planning task's chain, or with one of the two ends of the reasoning task's chains.
-    """
+    """Return the loss and the accuracy of the model on a batch."""
     logits, target = model(**batch), batch["target"]
     right = (logits.argmax(1) == target).float().mean().item()
     return {"loss": cross_entropy(logits, target).item(), "accuracy": right}
 
 
 def constant(task: str, hops: int) -> float:
-    """Return the accuracy of the best constant strategy."""
+    """Return the accuracy of the best constant strategy.
+
+    A constant strategy answers each planning question with the hash at one fixed distance from the
+    start of the chain. It answers each reasoning question with the end of one of the two chains.
+    """
     return 1 / hops if task == PLANNING else 0.5
 
 
 def matched(rows: Rows) -> int:
-    """Return the number of hops for which the frozen model's accuracy is closest to that on the
-    reasoning task."""
+    """Return the number of hops for which the frozen model's accuracy is closest to its accuracy on
+    the reasoning task."""
     own = [row for row in rows if row["seed"] == CHOOSING and row["part"] == "frozen"]
     if not any(row["task"] == REASONING for row in own):
         return HOPS[0]  # This runs for the frozen model on reasoning, which has no hops.
@@ -207,7 +207,7 @@ def matched(rows: Rows) -> int:
 
 
 def accuracies(rows: Rows, task: str) -> tuple[float, float]:
-    """Return the accuracy of the frozen model, and the best accuracy over all ranks."""
+    """Return the accuracy of the frozen model on a task, and the best accuracy over all ranks."""
     own = [row for row in rows if row["seed"] == GATE_SEED]
     frozen = study.mean(own, "accuracy", task=task, part="frozen")
     return frozen, max(study.column(own, "accuracy", task=task, part="lora"))
@@ -243,13 +243,14 @@ def gate(rows: Rows) -> list[Gate]:
 
 
 def gains(rows: Rows, seed: int, task: str) -> dict[int, float]:
-    """Return, for each rank, how much tuning lowers the loss."""
+    """Return, for each rank, the frozen model's loss minus that of the tuned model."""
     own = [r for r in rows if (r["seed"], r["task"], r["part"]) == (seed, task, "lora")]
     return {row["rank"]: row["frozen"] - row["loss"] for row in own}
 
 
 def ratio(rows: Rows, measure: str) -> Interval:
-    """Return the ratio of a measure for planning to that for reasoning, at the largest rank.
+    """Return the ratio of a measure for planning to the same measure for reasoning, at the largest
+    rank.
 
     The measure "enough" is the smallest rank that reaches 95 % of the best gain.
     """
@@ -290,7 +291,7 @@ def criteria(rows: Rows) -> list[Criterion]:
 
 
 def figure(rows: Rows) -> str:
-    """Format the ratios and the accuracies."""
+    """Return a text with the ratios and the accuracies."""
     ratios = ", ".join(f"{name} {ratio(rows, name):.2f}" for name in FIGURES)
     most = max(row["rank"] for row in rows if row["part"] == "lora")
     right = ", ".join(

@@ -1,6 +1,6 @@
 """Print tables and draw a chart of the rows of bench_lora.py: `python benchmarks/report.py [CSV]`.
 
-Prints Markdown: targets and measured values, then with `--all` every row of the last run.
+The output is Markdown: targets and measured values, then with `--all` every row of the last run.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ MIX = "mix of 3, width 4096, 512 tokens"
 
 @dataclass(frozen=True)
 class Target:
-    """Bound for one column of one case of lora_ext."""
+    """Target: a bound for one column of one case of lora_ext."""
 
     text: str
     case: str
@@ -192,7 +192,7 @@ def latest(rows: Rows) -> Rows:
 
 
 def promises(rows: Rows) -> str:
-    """Return a Markdown table of targets and measured values, and the machines that measured."""
+    """Return a Markdown table of targets and measured values, and a list of the machines used."""
     lines = ["| what | target | measured | PEFT | |", "|---|---|---|---|---|"]
     used: Rows = []
     for target in TARGETS:
@@ -227,7 +227,7 @@ def promises(rows: Rows) -> str:
 
 
 def table(rows: Rows) -> str:
-    """Return a Markdown table of the columns that are not empty in all rows."""
+    """Return a Markdown table of the columns in which at least one row has a value."""
     columns = [c for c in SHOWN if any(row[c] for row in rows)]
     lines = [f"| {' | '.join(columns)} |", "|" + "---|" * len(columns)]
     lines += [f"| {' | '.join(row[c] for c in columns)} |" for row in rows]

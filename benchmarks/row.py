@@ -26,14 +26,14 @@ class Row:
     p80: float | str = ""
     mbytes: float | str = ""  # compulsory traffic: adapters at true rank once, x once, y twice
     gbytes_per_s: float | str = ""
-    of_copy: float | str = ""  # gbytes_per_s over the machine's copy bandwidth, same rounds
-    over_base: float | str = ""  # time over that of no adapters, or of plain GEMMs; same rounds
-    over_peft: float | str = ""  # PEFT's time over this one, same rounds
-    over_full: float | str = ""  # time over the case in which all ranks are the largest
-    worst_error: float | str = ""  # largest error over its bound, checked before timing
+    of_copy: float | str = ""  # gbytes_per_s / the machine's copy bandwidth in the same rounds
+    over_base: float | str = ""  # time / that without adapters, or of plain GEMMs; same rounds
+    over_peft: float | str = ""  # PEFT's time / this time in the same rounds
+    over_full: float | str = ""  # time / that of the case in which all ranks are the largest
+    worst_error: float | str = ""  # largest error / its bound, checked before timing
 
     def columns(self, device: str) -> dict[str, object]:
-        """Return the columns of the file: the machine's, then those of the row."""
+        """Return the columns of the csv file: those of the machine, then those of the row."""
         values = {k: f"{v:.4g}" if isinstance(v, float) else v for k, v in asdict(self).items()}
         return {**machine_columns(device), **values}
 

@@ -1,10 +1,10 @@
 """Measure tokens per processor second: `lora-ext serve` against vLLM with our plug-in.
 
-Both serve SmolLM2-135M in float32 with 16 adapters of rank 16 on all linear layers to 32 clients
-with different prompts. Another client loads and unloads a seventeenth adapter, a fixed number of
-times per round. The result is the number of tokens in all answers per processor second of the
-server's processes; time of the clients, which share the cores, does not count. Both servers run all
-the time, and the idle one must use almost no processor time. Tokens per second by the clock are
+Both servers run SmolLM2-135M in float32, with 16 adapters of rank 16 on all linear layers, for 32
+clients with different prompts. Another client loads and unloads a seventeenth adapter, a fixed
+number of times per round. The result is the number of tokens in all answers per processor second of
+the server's processes; time of the clients, which share the cores, does not count. Both servers run
+all the time, and the idle one must use almost no processor time. Tokens per second by the clock are
 compared, too. Answers are greedy; at least 90 % must be equal between the servers, and must depend
 on the adapter.
 
@@ -38,8 +38,8 @@ from lora_layers import MODULES
 from lora_ext.interop.smollm2 import converted_folder, load_smollm2
 
 CLIENTS, ADAPTERS, RANK, NEW = 32, 16, 16, 32
-GUESTS = 16  # loads and unloads of the guest per round
-GUEST = "guest"  # name of the adapter that is loaded and unloaded
+GUESTS = 16  # number of times per round that the adapter GUEST is loaded and unloaded
+GUEST = "guest"  # name of this adapter
 OURS, THEIRS = "lora_ext", "vLLM with lora_ext"
 LEAST = 0.9  # least ratio of tokens per processor second
 LEAST_BY_CLOCK = 0.95  # least ratio of tokens per second
@@ -50,7 +50,8 @@ SUBJECTS = "the sea,a fox,two trains,my bread,her garden,old maps,an engine,the 
 
 
 def save_adapters(folder: Path) -> list[str]:
-    """Save random adapters with PEFT; updates are a tenth of the base outputs."""
+    """Save random adapters with PEFT, whose updates are about a tenth of the base outputs; return
+    their names."""
     config = peft.LoraConfig(r=RANK, lora_alpha=RANK, target_modules=MODULES, task_type="CAUSAL_LM")
     names = [f"a{i}" for i in range(ADAPTERS)]
     model = peft.get_peft_model(load_smollm2()[0], config)
@@ -100,7 +101,7 @@ class Server:
 
 @contextlib.contextmanager
 def started(command: list[str], port: int, log: Path) -> Iterator[Server]:
-    """Start a server, and yield it once it answers requests."""
+    """Run a server in a ``with`` block; yield it as soon as it answers requests."""
     environment = {
         **os.environ,
         "HF_HUB_OFFLINE": "1",
@@ -146,7 +147,7 @@ def free_port() -> int:
 def commands(
     model: Path, adapters: Path, names: list[str], vllm: str, pack: bool
 ) -> dict[str, list[str]]:
-    """Return the command of each provider, up to the port."""
+    """Return the command that starts each server, up to the port."""
     ours = [sys.executable, "-m", "lora_ext", "serve", "--model", str(model)]
     ours += ["--adapters", str(adapters), "--max-rank", str(RANK)]
     ours += [] if pack else ["--no-pack"]
@@ -218,7 +219,7 @@ def check(servers: dict[str, Server], names: list[str], log: Path) -> None:
     """Check that vLLM runs our plug-in, and that answers of both servers depend on the adapter.
 
     Raises:
-        SystemExit: If one of them is not true.
+        SystemExit: If vLLM does not run the plug-in, or answers do not depend on the adapter.
     """
     if "LoraExtWrapperCPU" not in log.read_text():
         raise SystemExit(
@@ -238,7 +239,7 @@ def check(servers: dict[str, Server], names: list[str], log: Path) -> None:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--vllm", required=True, metavar="PYTHON", help="Python of its environment")
+    parser.add_argument("--vllm", required=True, metavar="PYTHON", help="Python that has vLLM")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--each", type=int, default=2, metavar="N", help="requests per client")
     parser.add_argument("--no-pack", action="store_false", dest="pack", help="do not pack our base")

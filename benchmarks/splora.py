@@ -75,12 +75,12 @@ def settings(quick: bool) -> Mapping[str, object]:
 
 
 def trials(rows: Rows, quick: bool) -> Iterator[Row]:
-    """Yield the arms of the gate."""
+    """Yield the runs that the gate judges."""
     return runs([GATE_SEED], (RANDOM,), TRIAL_DRAWS)
 
 
 def arms(seeds: Sequence[int], quick: bool) -> Iterator[Row]:
-    """Yield the arms without pruning, then an arm per rule and random order."""
+    """Yield the arms without pruning, then one arm per rule and per random order."""
     return runs(seeds, (*RULES, RANDOM), 2 if quick else RANDOM_DRAWS)
 
 
@@ -134,8 +134,8 @@ def measure(arm: Row, quick: bool, rows: Rows) -> Iterator[Row]:
 
 
 def read(model: Any, stage: Stage) -> dict[str, float]:
-    """Return the figures of a model, and as "net" the share of harmful requests that it refuses
-    minus that of harmless ones."""
+    """Return the figures of a model, and as "net" the share of harmful requests that the model
+    refuses minus the share of harmless requests that it refuses."""
     found = figures(model, stage, over=True)
     return {**found, "net": found["refusals"] - found["over"]}
 
@@ -233,7 +233,8 @@ def criteria(rows: Rows) -> list[Criterion]:
 
 
 def figure(rows: Rows) -> str:
-    """Format each rule's figure, and its correlation with update size."""
+    """Return a text with "net" of each rule, and the correlation of the rule's scores with update
+    size."""
     each: list[str] = []
     for rule in (*RULES, RANDOM):
         both = " and ".join(f"{study.interval(net(rows, rule, s)):.2f}" for s in SETTINGS)
@@ -249,7 +250,7 @@ def figure(rows: Rows) -> str:
 
 
 def panels(rows: Rows) -> study.Panels:
-    """Return the figure of every rule in both settings."""
+    """Return "net" of every rule in both settings."""
     own = [row for row in rows if row["seed"] < study.TRIALS]
     return {
         setting: {

@@ -4,7 +4,7 @@
 only read their arguments and create their outputs, so the times are the overhead of a call. The
 backward of the training op is a C++ ``autograd::Function``, which the stable ABI lacks, or is
 registered with ``torch.library.register_autograd``. ``--ours`` compiles nothing and times two of
-our ops, one with its backward in C++, the other with one in Python. Times are processor times: the
+our ops: the backward of one is in C++, that of the other in Python. Times are processor times: the
 least of many short interleaved runs.
 """
 
@@ -151,7 +151,7 @@ def build(name: str, source: str) -> None:
 
 
 def differentiable() -> None:
-    """Register the backward of the stable op in Python, equal to that of the C++ function."""
+    """Register a backward of the stable op in Python, with the formula of the C++ function."""
 
     def setup(ctx: Any, inputs: Any, output: Any) -> None:
         x, a, b, ids, *_ = inputs
@@ -182,7 +182,8 @@ def least(
 
 
 def ours() -> None:
-    """Time ``lora_linear_forward``, with a C++ backward, and ``lora_apply``, with a Python one."""
+    """Time ``lora_linear_forward``, with a backward in C++, and ``lora_apply``, with a backward in
+    Python."""
     import lora_ext  # noqa: F401  (registers the ops)
 
     ops = torch.ops.lora_ext

@@ -119,7 +119,8 @@ class Criterion:
     """Condition on the rows.
 
     Attributes:
-        passed: Whether it is met; None if it could not be measured, such as time on a busy machine.
+        passed: Whether the criterion is met; None if it could not be measured, such as time on a
+            busy machine.
         headline: Whether the verdict depends on it.
         points: Whether the effect has the paper's sign; ignored if the criterion is met.
     """
@@ -174,7 +175,9 @@ def interval(
 
 @dataclass(frozen=True)
 class Grid:
-    """Grid of learning rates to try. If the best one is at an end, another one beyond it is added.
+    """Grid of learning rates to try.
+
+    If the best rate is at an end of the grid, a rate beyond this end is added.
 
     Attributes:
         rates: First rates, in rising order; rates are added at the distance of the first two.
@@ -203,7 +206,7 @@ class Grid:
         return min(losses, key=lambda rate: _finite(losses[rate]))
 
     def gate(self, losses: Mapping[float, float], of: str = "") -> Gate:
-        """Return the gate that the best learning rate is inside the grid."""
+        """Return the gate that requires the best learning rate to be inside the grid."""
         best, ends = self.best(losses), (min(losses), max(losses))
         found = f"{best:.3g} of {ends[0]:.3g} to {ends[1]:.3g}"
         return Gate(f"best rate{of and f' of {of}'}", INSIDE, found, best not in ends)
@@ -270,7 +273,7 @@ class Judged:
 def judge(study: ModuleType, rows: Rows, quick: bool = False) -> Judged:
     """Return the result and the verdict; there is no verdict until all seeds have rows.
 
-    The gate is judged first, and only on rows of the trials. With ``quick``, it is ignored.
+    The gate is judged first, and only on rows of the trials. With ``quick``, the gate is ignored.
     """
     gate = judged_gate(study, rows, quick)
     if not gate:
@@ -304,7 +307,7 @@ def judged_gate(study: ModuleType, rows: Rows, quick: bool = False) -> list[Gate
         return []
     gate = list(study.gate(trial_rows(rows)))
     if not gate:
-        raise ValueError(f"{study.__name__}: gate: expected at least one, found none")
+        raise ValueError(f"{study.__name__}: gate: expected at least one condition, found none")
     return gate
 
 
@@ -580,9 +583,9 @@ def _arguments(study: ModuleType, arguments: list[str] | None) -> argparse.Names
     parser.add_argument("--seeds", type=int, default=study.CLAIM.seeds, metavar="N")
     parser.add_argument("--quick", action="store_true", help="only checks that it works")
     if hasattr(study, "more"):
-        parser.add_argument("--full", action="store_true", help="also arms without a criterion")
+        parser.add_argument("--full", action="store_true", help="run arms without criteria, too")
         parser.add_argument(
-            "--also", nargs="+", default=(), metavar="WORDS", help="of these, arms with WORDS"
+            "--also", nargs="+", default=(), metavar="WORDS", help="only these arms of --full"
         )
     parser.add_argument("--from-results", action="store_true", help="judge the existing rows")
     parser.add_argument("--json", action="store_true", help="print the verdict as JSON")
@@ -651,7 +654,7 @@ def column(rows: Iterable[Row], name: str, **where: object) -> list[Any]:
     """Return a column of the rows that have the values in ``where``.
 
     Raises:
-        ValueError: If no row has them.
+        ValueError: If no row has these values.
     """
     found = [row[name] for row in rows if all(row.get(k, "") == v for k, v in where.items())]
     if not found:

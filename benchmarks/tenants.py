@@ -71,7 +71,7 @@ def peft_step(model: Any, optimizers: list[Any], each: list[Tensor]) -> float:
 def settled(way: Callable[[], float]) -> Callable[[], float]:
     """Return a call that runs ``way`` three times and returns the seconds of the last run.
 
-    The first two calls do not count: a step waits for the tenants of the two steps before it.
+    The first two runs do not count, since a step waits for the tenants of the two steps before it.
     """
     return lambda: [way() for _ in range(3)][-1]
 
@@ -89,7 +89,7 @@ def peft_model(small: bool) -> tuple[Any, list[Any]]:
 
 
 def measure(small: bool, tokens: int, turns: int) -> dict[str, float]:
-    """Return the seconds of a step by way, and the two ratios."""
+    """Return the seconds of a step for each way to train, and the two ratios of :data:`TARGETS`."""
     theirs, optimizers = peft_model(small)
     with Service(made(small)) as service:
         tenants = [service.create(rank, seed=i) for i, rank in enumerate(RANKS)]
@@ -109,7 +109,7 @@ def measure(small: bool, tokens: int, turns: int) -> dict[str, float]:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--tiny", action="store_true", help="a tiny Llama, to check that it runs")
+    parser.add_argument("--tiny", action="store_true", help="check the code with a tiny Llama")
     parser.add_argument("--check", action="store_true", help="exit with 1 if a target is missed")
     parser.add_argument("--turns", type=int, default=5)
     parser.add_argument("--tokens", type=int, nargs="*", default=list(TARGETS))

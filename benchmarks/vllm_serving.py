@@ -2,7 +2,7 @@
 
 SmolLM2-135M serves 16 rows with one adapter each, on all seven linear layers. Both kernels run in
 one engine, which switches them between generations; another engine has no LoRA. Rounds alternate
-between them in this process. Before timing, the results of both kernels are compared.
+between the engines in this process. Before timing, the results of both kernels are compared.
 
 `make vllm` creates the environment; then run
 `.venv-vllm/bin/python benchmarks/vllm_serving.py --check`.
@@ -53,7 +53,8 @@ BOUND = {"float32": 1e-4, "bfloat16": 0.12}
 
 
 def save_adapters(model: Path, folder: Path, ranks: list[int]) -> list[LoRARequest]:
-    """Save random adapters of all linear layers; updates are a tenth of the base outputs."""
+    """Save random adapters of all linear layers, whose updates are about a tenth of the base
+    outputs."""
     config = transformers.AutoConfig.from_pretrained(model)
     with torch.device("meta"):
         shapes = {
@@ -133,8 +134,8 @@ class Engine:
         return core.model_executor.driver_worker.worker.model_runner.lora_manager._adapter_manager
 
     def into_a_slot(self, theirs: bool) -> float:
-        """Return the seconds to move an adapter to a slot, with the reading of its ranks unless
-        ``theirs``."""
+        """Return the seconds to move an adapter to a slot. Unless ``theirs`` is true, the seconds
+        include the time to read the adapter's ranks."""
         move = type(self.manager).activate_adapter  # the LRU cache's; it calls the wrapped one
         changed = Updates.slot_changed
         if theirs:
@@ -176,7 +177,7 @@ def check(name: str, engine: Engine, requests: list[Any], dtype: str) -> float:
         for a, b in zip(ours.outputs[0].logprobs, other.outputs[0].logprobs, strict=True):
             apart += [abs(a[t].logprob - b[t].logprob) for t in a.keys() & b.keys()]
             if next(iter(a)) != next(iter(b)):
-                break  # Rounding chose another token; later ones are not comparable.
+                break  # Rounding chose another token; later tokens are not comparable.
         worst = max(worst, statistics.fmean(apart))
     if not worst <= BOUND[dtype]:
         raise SystemExit(

@@ -169,8 +169,8 @@ def steps(
 ) -> None:
     """Run AdamW with a warm-up and a linear decay.
 
-    Within a run of a study, the state is saved every five minutes if the losses ``kept`` are given,
-    which are restored with it.
+    If the list of losses ``kept`` is given, a run of a study saves it with the state every five
+    minutes, and restores both.
     """
     parameters = list(parameters)
     optimizer = torch.optim.AdamW(parameters, lr=lr, weight_decay=0.0)
@@ -440,8 +440,8 @@ def settings(quick: bool) -> Mapping[str, object]:
 
 
 def trials(rows: Rows, quick: bool) -> Iterator[Row]:
-    """Yield the runs from which the learning rates are chosen, with a quarter of the steps, and
-    those of the gate."""
+    """Yield the runs that choose the learning rates, with a quarter of the steps, and the runs that
+    the gate judges."""
     for name in ("VoRA", ENCODER):
         for rate in RATES.asked(errors(rows, name)):
             yield {"seed": CHOOSING, "arm": name, "rate": rate}
@@ -527,7 +527,7 @@ def of_text(model: Any, base: Any) -> Row:
 
 
 def less(rows: Rows, other: str) -> Interval:
-    """Return VoRA's accuracy minus that of another arm."""
+    """Return VoRA's accuracy minus that of the arm ``other``."""
     columns = (study.column(rows, "accuracy", arm=name) for name in ("VoRA", other))
     return study.interval([a - b for a, b in zip(*columns, strict=True)])
 
@@ -601,7 +601,7 @@ def criteria(rows: Rows) -> list[Criterion]:
 
 
 def figure(rows: Rows) -> str:
-    """Format the share of right captions in every arm, and the loss on text."""
+    """Return a text with the share of right captions in every arm, and the loss on text."""
     each = ", ".join(
         f"{name} {study.interval(study.column(rows, 'accuracy', arm=name)):.3f}"
         for name in ARMS

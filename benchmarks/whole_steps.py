@@ -2,8 +2,9 @@
 
 A step is forward, loss, backward and AdamW of a SmolLM2-shaped model. PEFT's model and ours share
 the base's weights, and their losses are compared before timing. The row ``base`` is the same model
-without adapters, with embeddings that require a gradient. Adapter layers add all their work to it,
-so the time of PEFT over that of ``base`` bounds the speedup of any adapter layers over PEFT.
+without adapters, with embeddings that require a gradient. Adapter layers add all their work to this
+model. The time of PEFT divided by that of ``base`` is therefore an upper bound of the speedup of
+any adapter layers over PEFT.
 
 With a router, PEFT's X-LoRA or Arrow model of eight adapters chooses two adapters per token. X-LoRA
 trains its router, Arrow its adapters.
@@ -40,7 +41,7 @@ TOP_K = 2  # adapters per token of a router
 
 @dataclass(frozen=True)
 class Case:
-    """Kind of step."""
+    """Settings of the training steps to time."""
 
     targets: str
     adapters: int = 1
@@ -103,7 +104,7 @@ class Steps:
         }
 
     def calls(self) -> dict[str, Callable[[], float]]:
-        """Return the calls by provider, in the order of the rows."""
+        """Return the calls by name, in the order of the rows of the table."""
         ours = {way: (lambda way=way: self._ours(way)) for way in self.models if "lora_ext" in way}
         return {"base": self._bare, "peft": lambda: self._peft("peft"), **ours}
 
@@ -211,7 +212,8 @@ def bench_steps(cases: list[Case], rounds: int, layers: int = 30) -> Iterator[Ro
 
 
 def _check(case: Case, calls: dict[str, Callable[[], float]], exact: Callable[[], float]) -> float:
-    """Return the largest error of the losses of two steps; the second depends on gradients."""
+    """Return the largest error of the losses of two steps, divided by its bound. The second loss
+    depends on the gradients of the first step."""
     steps = {name: call for name, call in calls.items() if name != "base"} | {"exact": exact}
     losses = {
         name: torch.tensor([step(), step()], dtype=torch.float64) for name, step in steps.items()

@@ -1,10 +1,10 @@
 """Train two adapters with CopRA, then inspect, merge, prune and serve them.
 
 SmolLM2 learns to talk like a pirate with one adapter and in telegrams with the other. The example
-measures the ranks of both, merges them in factor space and in weight space, and prunes the merged
-adapter by the Shapley values of its blocks. One pool then serves all of them. It takes two minutes
-on two cores, without GPU or network: `python examples/adapter_care.py` if `.[demo]` is installed.
-`--quick` takes seconds and only checks that the code runs.
+measures the ranks of both adapters, merges the adapters in factor space and in weight space, and
+prunes the merged adapter by the Shapley values of its blocks. One pool serves all adapters. The
+example takes two minutes on two cores, without GPU or network: `python examples/adapter_care.py` if
+`.[demo]` is installed. `--quick` takes seconds and only checks that the code runs.
 """
 
 from __future__ import annotations
@@ -115,7 +115,8 @@ def inspect(adapters: dict[str, LoraAdapter]) -> None:
 
 
 def between(care: Care, first: LoraAdapter, second: LoraAdapter) -> dict[str, copra.Barrier]:
-    """Measure the loss on the line between two adapters, in factor and in weight space."""
+    """Return the barriers between two adapters, and the losses on the line between them, in factor
+    and in weight space."""
     nn.wrap(care.model, nn.LoraConfig(r=RANK, target_modules=MODULES))
     found = {
         space: copra.lmc_barrier(care.model, first, second, care.loss, 5, space)

@@ -67,7 +67,8 @@ def train(model: Any, name: str, steps: int) -> LoraAdapter:
 
 
 def main(steps: int = 60) -> dict[str, list[int]]:
-    """Train the adapters, attach them, and generate with each."""
+    """Train the adapters, attach them, and generate with each; return the generated tokens by
+    name."""
     model = make_model()
     trained = {name: train(model, name, steps) for name in ADAPTERS}
     pool = lora_ext.AdapterPool(model.eval(), max_slots=2, max_rank=8)

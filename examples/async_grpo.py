@@ -1,10 +1,10 @@
 """Train an adapter with TRL's AsyncGRPOTrainer on answers of `lora-ext serve`.
 
-TRL expects vLLM's server. Here, `lora-ext serve` answers instead: at each step, the trainer pauses
-it, loads the new weights as an adapter, and resumes it. Meanwhile another adapter on the same
-server answers another client. The example rewards answers of SmolLM2 for the share of their words
-that begin with a capital letter. It takes four minutes on two cores, without GPU or network:
-`make demo`, `pip install trl aiohttp`, and `python examples/async_grpo.py`.
+TRL expects vLLM's server; this example runs `lora-ext serve` instead. At each step, the trainer
+pauses the server, loads the new weights as an adapter, and resumes it. Meanwhile another adapter on
+the same server answers another client. Answers of SmolLM2 are rewarded for the share of their words
+that begin with a capital letter. The example takes four minutes on two cores, without GPU or
+network: `make demo`, `pip install trl aiohttp`, and `python examples/async_grpo.py`.
 
 Without a GPU, three functions of TRL are replaced (`without_gpu`): the number of operations per
 second of the GPU, the check that vLLM is installed, and the attention kernel. TRL's client and
@@ -55,7 +55,7 @@ ANSWER = {
 def matching(
     completions: Sequence[Sequence[dict[str, str]]], pattern: str = "[A-Z]", **_: Any
 ) -> list[float]:
-    """Return the share of words of each answer whose beginning matches a pattern."""
+    """Return, for each answer, the share of its words whose beginning matches ``pattern``."""
     texts = [answer[-1]["content"].split() for answer in completions]
     return [sum(bool(re.match(pattern, w)) for w in words) / max(len(words), 1) for words in texts]
 
@@ -75,7 +75,7 @@ def attention(
     Args:
         query: ``(T, H, D)`` of all sequences, one after the other.
         key, value: ``(L, G, D)``; ``G`` divides ``H``.
-        query_ends, key_ends: first row of each sequence, and the number of rows.
+        query_ends, key_ends: first row of each sequence, then the number of rows.
         softmax_scale: factor of the products of queries and keys.
         how: other arguments; attention is always causal and not limited to a window.
     """
@@ -95,7 +95,7 @@ def _pairs(ends: Tensor) -> Iterator[tuple[int, int]]:
 
 @contextlib.contextmanager
 def without_gpu() -> Iterator[None]:
-    """Replace three functions of TRL, which need a GPU or vLLM, inside the block."""
+    """Replace three functions of TRL that need a GPU or vLLM, in a ``with`` block."""
     from trl.experimental.async_grpo import async_grpo_trainer, async_rollout_worker, packing
 
     kernels = SimpleNamespace(flash_attn_varlen_func=attention)
@@ -165,7 +165,7 @@ def train(
         per_device_train_batch_size=batch,
         num_generations=group,
         max_completion_length=length,
-        max_staleness=1,  # with 0, TRL unloads an adapter for which its worker may still ask
+        max_staleness=1,  # with 0, TRL unloads an adapter that its worker may still request
         token_budget=0,
         learning_rate=rate,
         gradient_checkpointing=False,
@@ -194,7 +194,7 @@ def train(
 
 @contextlib.contextmanager
 def serving(model: Path, adapters: Path) -> Iterator[str]:
-    """Run ``lora-ext serve`` inside the block, and return its address."""
+    """Run ``lora-ext serve`` in a ``with`` block, and yield the server's address."""
     command = [sys.executable, "-m", "lora_ext", "serve", "--port", "0"]
     command += ["--model", str(model), "--adapters", str(adapters)]
     with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as process:

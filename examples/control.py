@@ -1,11 +1,11 @@
 """Constrained output on SmolLM2: JSON from two adapters in one batch, and required words.
 
 Two adapters are trained for a few steps. In one batch, both adapters and the base model fill in the
-same form. Then a text of 32 tokens must contain a word. With a mask alone, the word only appears
-when no later position is left for it. A guide, distilled from a few of the model's texts, prepares
-for the word earlier.
-The example takes two minutes on two cores, without GPU or network: `python examples/control.py` if
-`.[demo,control]` is installed. A better guide takes half an hour:
+same form. Then a text of 32 tokens must contain a given word. With a mask alone, the word appears
+only when no later position is left for it. With a guide, a small model distilled from a few of the
+model's texts, the text leads to the word earlier. The example takes two minutes on two cores,
+without GPU or network: `python examples/control.py` if `.[demo,control]` is installed. A better
+guide takes half an hour:
 `lora-ext distil-guide MODEL --out DIR`, then `--guide DIR`.
 """
 
@@ -78,7 +78,8 @@ def forms(model: Any, tokenizer: Any, steps: int) -> None:
 
 
 def words(model: Any, tokenizer: Any, prompts: torch.Tensor, guide: Any) -> list[Said]:
-    """Generate texts with the mask alone and with the guide, and find the required word in each.
+    """Generate texts with the mask alone and with the guide; return the positions of the required
+    words.
 
     One batch contains the texts for all words.
     """

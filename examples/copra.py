@@ -1,9 +1,9 @@
 """Train SmolLM2 with CopRA (progressive layer dropping) and with plain LoRA, and compare.
 
 Both adapters learn to talk like a pirate. The example then estimates each block's Shapley value,
-with sixteen coalitions in one forward, and removes the least valuable blocks first. It takes two
-minutes on two cores, without GPU or network: `python examples/copra.py` if `.[demo]` is installed.
-`--quick` takes seconds and only checks that the code runs.
+with sixteen coalitions in one forward, and removes the least valuable blocks first. The example
+takes two minutes on two cores, without GPU or network: `python examples/copra.py` if `.[demo]` is
+installed. `--quick` takes seconds and only checks that the code runs.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ METHODS = {"CopRA": 0.1, "LoRA": 1.0}  # probability of each layer at the first 
 
 @torch.no_grad()
 def losses_of(model: Any, controller: copra.CopraController, batch: Any, masks: Any) -> list[float]:
-    """Return the loss with each set of blocks, computed in one forward."""
+    """Return the loss for each of the ``masks`` of blocks; one forward computes all losses."""
     rows = len(batch["input_ids"])
     tiled = {name: t.repeat(len(masks), 1) for name, t in batch.items()}
     with nn.coalitions(controller.layers, masks, rows):

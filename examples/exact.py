@@ -25,7 +25,8 @@ QUESTION = "Tell me about a small town by the sea."
 
 
 def learn(tenant: Tenant, examples: list[tuple[list[int], int]]) -> None:
-    """Train one step on a few dialogues, so that the adapter changes the model."""
+    """Train the tenant's adapter for one step on a few dialogues, so that it changes the model's
+    outputs."""
     data: list[Datum] = []
     for tokens, prompt in examples[:4]:
         weights = [float(n >= prompt) for n in range(1, len(tokens))]

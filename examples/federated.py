@@ -55,7 +55,7 @@ def adapted(num_layers: int) -> Any:
 
 
 class Allocator(fed_hello.HLA):
-    """Allocator of the layers nearest to the output, at the rank of the client."""
+    """Allocator that gives each client the layers nearest to the output, at the client's rank."""
 
     @property
     def depths(self) -> dict[int, int]:
@@ -91,7 +91,8 @@ def in_one_batch(make: Any, data: Any, allocator: Allocator, measure: Any, round
 
 
 def in_flower(make: Any, data: Any, allocator: Allocator, measure: Any, rounds: int) -> Any:
-    """Train the same clients one after another in Flower's simulation."""
+    """Train the clients of :func:`in_one_batch` one after another in Flower's simulation; return
+    the same values."""
     from flwr.simulation import run_simulation
 
     from lora_ext.federated import flower

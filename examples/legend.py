@@ -1,10 +1,10 @@
 """Train MiniLM with LEGEND on Flower, on twelve devices of three speeds.
 
 The devices learn which of the twenty sections of Debian's packages a text belongs to. LEGEND
-estimates their speeds from their reports. It gives each device as many of the last blocks as it can
-train in the time of the fastest device. In the middle of the run, one fast device is five times
-slower for a few rounds. Seconds are simulated, and all devices run in this process. The example
-takes two minutes on two cores: `python examples/legend.py`, if `.[fed,bench]` and the packages in
+estimates their speeds from their reports. Each device trains as many of the last blocks as it can
+in the time of the fastest device. In the middle of the run, one fast device is five times slower
+for a few rounds. Seconds are simulated, and all devices run in this process. The example takes two
+minutes on two cores: `python examples/legend.py`, if `.[fed,bench]` and the packages in
 benchmarks/claims/material.py are installed. `--quick` trains a tiny random model for a few rounds
 and only checks that the code runs.
 """

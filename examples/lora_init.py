@@ -53,7 +53,8 @@ def main() -> None:
 
 
 def train(model: Any, tokenizer: Any, name: str, steps: int) -> tuple[list[float], dict]:
-    """Train an adapter; return losses, averaged over eight steps, and the probe's layer means."""
+    """Train an adapter; return its losses, averaged over eight steps, and means over the layers of
+    the probe's values."""
     scheme, lr, ratio, _ = RUNS[name]
     torch.manual_seed(0)
     last = list(range(20, model.config.num_hidden_layers))  # backward stops at the first one

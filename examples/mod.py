@@ -1,10 +1,10 @@
 """Train SmolLM2 with LoRA, with LoRA and MoD, and with MoD alone, and compare.
 
 With MoD, the last three layers predict together. All three models learn to talk like a pirate. The
-example prints their losses on unseen answers, and the loss of each of those layers alone. The
-picture shows the weights of the late layers for each token. It takes two minutes on two cores,
-without GPU or network: `python examples/mod.py` if `.[demo]` is installed. `--quick` takes seconds
-and only checks that the code runs.
+example prints the models' losses on unseen answers, and the loss of each of the last three layers
+alone. The picture shows the weights of late layers for each token. The example takes two minutes
+on two cores, without GPU or network: `python examples/mod.py` if `.[demo]` is installed. `--quick`
+takes seconds and only checks that the code runs.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Compare the loss and acceptance of four circuit heads on a small byte-level model.
 
 The example trains a transformer on the source of Python's standard library (its top-level modules,
-4.7 MB in 3.11), freezes it, retrofits a head of each kind, and decodes with all of them. It takes
+4.7 MB in 3.11), freezes it, retrofits a head of each kind, and decodes with all heads. This takes
 eighteen minutes on two cores, without GPU or network: `python examples/mtpc_bytes.py` if `.[demo]`
 is installed. The trained models stay in out/mtpc_bytes/trained, so a second run only decodes, for
 two minutes. `--quick` takes seconds and only checks that the code runs.

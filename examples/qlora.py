@@ -4,8 +4,8 @@ The base model is SmolLM2-135M in nf4 of bitsandbytes. Each step has rows of two
 trains the adapter of its text. PEFT cannot do this, so its process trains one adapter on the same
 rows, and so does a second process with lora_ext. Each process prints its memory and its losses.
 
-It takes two minutes on two cores: `make demo`, `pip install --no-build-isolation '.[quant]'`, and
-`python examples/qlora.py`.
+The example takes two minutes on two cores. Run `make demo`,
+`pip install --no-build-isolation '.[quant]'`, and `python examples/qlora.py`.
 """
 
 from __future__ import annotations
@@ -103,7 +103,7 @@ def train(arm: str, base: Path, steps: int, rows: int, tokens: int) -> dict[str,
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--base", type=Path, default=ROOT / "out/demo/base-model")
-    parser.add_argument("--out", type=Path, default=ROOT / "out/qlora", help="the model in nf4")
+    parser.add_argument("--out", type=Path, default=ROOT / "out/qlora", help="nf4 model folder")
     parser.add_argument("--arm", choices=("peft", "ours", "names"), help="run one process only")
     parser.add_argument("--steps", type=int, default=4)
     parser.add_argument("--rows", type=int, default=4)
@@ -115,7 +115,7 @@ def main() -> None:
         return
     if not (given.out / "config.json").exists():
         quantise(given.base, given.out)
-    # A process for each, because the memory is the peak of a whole process.
+    # Each arm runs in its own process, because peak memory is measured per process.
     for arm in ("peft", "ours", "names"):
         subprocess.run([sys.executable, __file__, *sys.argv[1:], "--arm", arm], check=True)
 

@@ -2,7 +2,8 @@
 
 The engines are the base model, PEFT, and lora_ext over the model's own weights and over a packed
 copy of them. A batch of N rows has N different adapters, as for N simultaneous users. `make demo`
-draws the first points of the curve; `make curve` (`python examples/serving_curve.py`) draws all.
+draws the first points of the curve; `make curve` (`python examples/serving_curve.py`) draws all
+points.
 """
 
 from __future__ import annotations

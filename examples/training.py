@@ -105,7 +105,7 @@ def lay_out(base: Path, adapters: Mapping[str, Path], out: Path) -> None:
 
 
 def read_examples(tokenizer: Any, name: str) -> list[tuple[list[int], int]]:
-    """Return the token ids of each dialogue in ``texts/<name>.jsonl`` and its question's length."""
+    """Return the token ids and the question's length of each dialogue in ``texts/<name>.jsonl``."""
     lines = (TEXTS / f"{name}.jsonl").read_text(encoding="utf-8").splitlines()
     return [_example(tokenizer, json.loads(line)) for line in lines]
 

@@ -49,7 +49,7 @@ def encode(pictures: list[Picture], tokenizer: Any) -> tuple[dict[str, Any], dic
 
 @torch.no_grad()
 def read(model: Any, tokenizer: Any) -> list[Any]:
-    """Return the logits of each prompt and the model's continuation."""
+    """Return the logits and the text, continued by the model, of each prompt in ``PROMPTS``."""
     batches = [tokenizer(prompt, return_tensors="pt") for prompt in PROMPTS]
     going_on = [model.generate(**b, max_new_tokens=8, do_sample=False)[0] for b in batches]
     logits = [model(**b).logits for b in batches]

@@ -28,8 +28,8 @@ __all__ = [
 ]  # fmt: skip
 __version__ = "0.2.0"
 
-# These packages are imported on first use: a server does not need them, and they took half of the
-# import time.
+# These packages are imported on first use, since a server does not need them and importing them
+# would double the import time.
 _PACKAGES = frozenset({"circuits", "control", "federated", "methods", "nn", "tenants"})
 _function = on_demand(__name__, layers="chunked_loss exact", serving="capturable")
 

@@ -25,8 +25,8 @@ import torch
 from torch import Tensor
 
 T = TypeVar("T")
-#: Description of the expected value. A pair contains the description for a value of the wrong type,
-#: then the one for a value that is out of range.
+#: Description of the expected value for a message. A pair contains the description for values of
+#: the wrong type, then the description for values that are out of range.
 Words = str | tuple[str, ...]
 
 #: Floating-point dtypes that the ops support; some arguments accept only some of these dtypes.
@@ -34,7 +34,7 @@ FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 
 class WrongKind(TypeError, ValueError):
-    """Error of an argument that has the wrong type."""
+    """Error that is raised for an argument of the wrong type."""
 
 
 def require(
@@ -45,7 +45,7 @@ def require(
     found: object,
     error: type[Exception] = ValueError,
 ) -> None:
-    """Raise ``error`` unless ``holds`` is true. The module's docstring shows the message."""
+    """Raise ``error("<where>: <argument>: expected ..., found ...")`` unless ``holds`` is true."""
     if not holds:
         raise error(f"{where}: {argument}: expected {expected}, found {found}")
 
@@ -94,7 +94,7 @@ def number(
     below: float | None = None,
     expected: Words | None = None,
 ) -> float:
-    """Return ``value`` as a Python float, or as an int if it is an integer; check its bounds.
+    """Return ``value`` as a Python float, or as an int if it is an integer; raise if out of bounds.
 
     Infinity is accepted only with ``maximum=math.inf``. NaN is never accepted.
 

@@ -27,7 +27,7 @@ from torch import Tensor
 from lora_ext._checks import require
 
 Config = TypeVar("Config")
-_VERSION = 1  # of the files of `save_parts`
+_VERSION = 1  # version of the format that `save_parts` writes
 
 MAX_HEADER_BYTES = 16 << 20  # enough for 100 000 tensors, with about 130 bytes of header each
 
@@ -46,17 +46,17 @@ _DTYPES = {
 
 
 class TensorInfo(NamedTuple):
-    """Shape and dtype of a tensor in a header. An unsupported dtype is given by its name."""
+    """Shape and dtype of a tensor, from a file's header. An unsupported dtype is a string."""
 
     shape: tuple[int, ...]
     dtype: torch.dtype | str
 
 
 def open_regular(path: Path) -> io.BufferedReader:
-    """Open a regular file, or a symbolic link to one as in the cache of the Hugging Face Hub.
+    """Open a regular file; raise ValueError for a directory, pipe or device.
 
-    Raises ValueError for a directory, pipe or device. O_NONBLOCK ensures that opening a pipe does
-    not block.
+    ``path`` may be a symbolic link, as in the cache of the Hugging Face Hub. With O_NONBLOCK,
+    opening a pipe does not block.
     """
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | getattr(os, "O_NONBLOCK", 0))
@@ -73,7 +73,7 @@ def read_json(path: Path, limit: int) -> Any:
     with open_regular(path) as file:
         data = file.read(limit + 1)
     if len(data) > limit:
-        raise ValueError(f"{path}: expected at most {limit} bytes, found more")
+        raise ValueError(f"{path}: expected at most {limit} bytes, found {os.path.getsize(path)}")
     return parse_json(data, str(path))
 
 
@@ -172,14 +172,14 @@ class SafetensorsFile:
         data = bytearray(count)
         found = self._file.readinto(data)
         if found != count:
-            raise ValueError(f"{self.where}: expected {count} bytes, found {found} before its end")
+            raise ValueError(f"{self.where}: expected {count} more bytes, found {found}")
         return data
 
     def read(self, key: str) -> Tensor:
-        """Read one tensor.
+        """Read the tensor ``key`` and return it, on the CPU.
 
         Raises:
-            ValueError: If its dtype is not supported.
+            ValueError: If the tensor's dtype is not supported.
         """
         shape, dtype = self.infos[key]
         if isinstance(dtype, str):
@@ -198,11 +198,11 @@ class SafetensorsFile:
 
 
 # -------------------------------------------------------------------------------------------------
-# Writing
+# Configurations with tensors, and atomic writing
 
 
 def read_config(path: Path, kind: type[Config], limit: int, *more: str) -> tuple[Config, Any]:
-    """Read a file of :func:`save_parts`, which is not trusted.
+    """Read a configuration that :func:`save_parts` wrote, from a file that is not trusted.
 
     Args:
         path: JSON file.
@@ -243,7 +243,7 @@ def save_parts(
 
     Args:
         folder: Folder, created if it does not exist.
-        name: Start of the names of the two files.
+        name: Prefix of the names of the two files.
         config: Configuration, a dataclass.
         tensors: Tensors by name.
         more: Further entries of the JSON file.
@@ -260,8 +260,9 @@ def write_files(folder: str | os.PathLike[str], files: Mapping[str, bytes]) -> N
     """Write files into a folder so that either all of them appear or nothing changes.
 
     Every file is written under a temporary name and synced to disk before the first one is renamed.
-    A new folder is also created under a temporary name. A full disk or a signal therefore leaves
-    the existing files intact.
+    A new folder is also created under a temporary name. An exception, such as that of a full disk,
+    therefore leaves the existing files intact. A process that is killed while it renames the files
+    of an existing folder can leave old files beside new ones.
 
     Args:
         folder: folder of the files. It is created if it does not exist, and its other files do not
@@ -320,9 +321,9 @@ def _replace_files(folder: Path, files: Mapping[str, bytes], mark: str) -> None:
 
 
 def _back_up(path: Path, backup: Path) -> Path | None:
-    """Back up the file ``path`` as a hard link ``backup``, which needs no disk space.
+    """Store a hard link to the file ``path`` as ``backup``; the link needs no disk space.
 
-    If the file system has no hard links, the file is copied. Returns None if there is no file.
+    If the file system has no hard links, copy the file. Return None if there is no file.
     """
     if not os.path.lexists(path):
         return None

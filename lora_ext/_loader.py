@@ -21,7 +21,7 @@ def build_info() -> dict[str, object]:
 
 
 def hidden() -> Path | None:
-    """Return the folder of another lora_ext that the imported one hides; None if there is none.
+    """Return the folder of another lora_ext that the imported one hides, or None.
 
     If Python is started in a checkout, it imports the checkout and not the installed package.
     """
@@ -74,7 +74,7 @@ def load(name: str = "_C") -> ModuleType:
 def vllm_mode() -> str:
     """Return the environment variable ``LORA_EXT_VLLM``, by default "1".
 
-    It selects the platform on which vLLM's LoRA layers call lora_ext: "1" is the CPU, "cuda" is
-    CUDA, and "0" leaves vLLM unchanged.
+    The variable selects the platform on which vLLM's LoRA layers call lora_ext: "1" is the CPU,
+    "cuda" is CUDA, and "0" leaves vLLM unchanged.
     """
     return os.environ.get("LORA_EXT_VLLM", "1")

@@ -63,7 +63,7 @@ def _devices(info: dict[str, object]) -> tuple[list[torch.device], dict[str, obj
 def _try_op(device: torch.device) -> tuple[bool, str]:
     """Run one op on a batch with several adapters.
 
-    Returns whether its result matches the reference, and a line for the report: the largest error,
+    Return whether the result matches the reference, and a line for the report: the largest error,
     or the exception.
     """
     from lora_ext import ops, reference

@@ -37,7 +37,7 @@ def operations(run) -> list[str]:
 
 def adapted(kind: str, *names: str, targets: tuple[str, ...] = TARGETS, **settings) -> nn.Module:
     """Return the model with one random adapter per name, or one named "default". The first adapter
-    is active. ``kind`` is one of :data:`KINDS`, and ``settings`` go to PEFT's config."""
+    is active. ``kind`` is one of :data:`KINDS`, and ``settings`` are fields of PEFT's config."""
     model, names = llama(), names or ("default",)
     settings = {"r": 4, "lora_alpha": 6, "init_lora_weights": False, **settings}
     if kind == "ours":

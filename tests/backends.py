@@ -66,7 +66,7 @@ def marks_of(backend: Backend) -> list[Any]:
 
 
 def closed(backend: Backend) -> str | None:
-    """Return the reason why ``backend`` cannot run here, or None if it can."""
+    """Return the reason why ``backend`` cannot run on this machine, or None if it can."""
     if backend.device == "cuda":
         if not torch.cuda.is_available():
             return "no CUDA device"

@@ -73,7 +73,7 @@ LARGE = [
 
 
 def assign(shape: Shape, g: torch.Generator) -> Tensor:
-    """Return the adapter ids of the rows by the named pattern; some patterns contain -1."""
+    """Return the adapter id of each row, arranged by ``shape.pattern``; some ids may be -1."""
     t, a = shape.tokens, len(shape.ranks)
     if shape.pattern == "none" or a == 0:
         return torch.full((t,), -1)

@@ -130,8 +130,8 @@ def each(backend: Backend) -> Iterator[tuple[torch.dtype, torch.dtype]]:
 def gradients(
     mix: Mix, ups: Sequence[Tensor], library: Any = ops, *, copies: bool = True
 ) -> list[Tensor]:
-    """Return the gradients of all arguments. The op gets copies of them or, if ``copies`` is False,
-    the arguments themselves with their strides."""
+    """Return the gradients of all arguments. The op gets copies of the arguments or, if ``copies``
+    is False, the arguments themselves with their strides."""
     mix = mix.map(lambda t: (t.detach().clone() if copies else t.detach()).requires_grad_())
     return list(torch.autograd.grad(mix.run(library), mix.tensors(), list(ups)))
 

@@ -30,6 +30,19 @@ def make(
     return x, weight, _values(g, exact, (out,), dtype)
 
 
+def adapters(
+    shape: tuple[int, int, int], dtype: torch.dtype, device: str = "cpu"
+) -> tuple[Any, ...]:
+    """Return all arguments of ``lora_apply_`` after ``x``, with three adapters of rank 8."""
+    rows, wide, out = shape
+    g = torch.Generator().manual_seed(5)
+    a, b = torch.randn(3, 8, wide, generator=g), torch.randn(3, out, 8, generator=g)
+    ids = torch.randint(-1, 3, (rows,), generator=g, dtype=torch.int32)
+    scale = torch.tensor([0.5, 1.0, -2.0])
+    banks = tuple(t.to(device) for t in (a.to(dtype), b.to(dtype), ids, scale))
+    return *banks, None, None, None, None, None
+
+
 def product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return ops.packed_linear(x, ops.pack_weight(weight), bias, weight.shape[0])
 
@@ -176,8 +189,12 @@ def checks() -> Iterator[Check]:
         yield "unpack_weight", (packed, 40, 64)
         yield "unpack_weight", (packed, 40, 64, torch.bfloat16)
         yield "packed_linear", (w[:3].contiguous(), packed, w[:, 0].contiguous(), 40, bits == 8)
+        update = adapters((3, 64, 40), torch.float32)
+        yield "packed_lora_linear", (w[:3].view(3, 1, 64), packed, None, 40, bits == 8, *update)
     for dtype in DTYPES:
         x, weight, bias = make((5, 33, 40), dtype, exact=False)
+        update = adapters((5, 33, 40), dtype)
+        yield "packed_lora_linear", (x, ops.pack_weight(weight), bias, 40, False, *update)
         yield "pack_weight", (weight,)
         yield "packed_linear", (x, ops.pack_weight(weight), bias, 40)
 
@@ -233,8 +250,19 @@ def wrong(device: str) -> list[Wrong]:
         (r"bias: expected shape \(O,\) = \[40\], found \[64\]", x, pack(w), torch.zeros(64), 40),
         ("out_features: expected at least 0, found -1", x, pack(w), None, -1),
     ]
+    product, (a, b, ids, *rest) = (packed, None, 40, False), adapters((3, 64, 40), w.dtype)
+    of_sums = [
+        (r"x: expected shape \(\.\.\., I\), found \[\]", w[0, 0], product, (a, b, ids, *rest)),
+        (rf"{of_bits} \(40, 4\)", x, product, (a, b, ids, *rest)),
+        (r"a.shape\[2\]: expected x.shape\[1\] = 64, found 63", deep[:3], product,
+         (a[..., 1:], b, ids, *rest)),
+        (r"a: expected the dtype of x, Float, found Double", deep[:3], product,
+         (a.double(), b, ids, *rest)),
+        ("adapter_ids: ", deep[:3], product, (a, b, ids[:2], *rest)),
+    ]  # fmt: skip
     return [
         *wrong_calls("pack_weight", pack, of_weights),
+        *wrong_calls("packed_lora_linear", ops.packed_lora_linear, of_sums),
         *wrong_calls("packed_linear", ops.packed_linear, of_products),
         *wrong_calls("packed_linear", ops.packed_linear, of_bits_products),
         *((f"pack_weight: {text}", lambda t=t, how=how: pack(t, **how))

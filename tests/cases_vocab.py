@@ -62,7 +62,7 @@ LARGE = [
 
 
 class Layer:
-    """Arguments of a case; the hidden states are autograd leaves."""
+    """Hidden states, which are autograd leaves, and the output layer of a case."""
 
     def __init__(self, case: Case, dtype: torch.dtype, device: str, exact: bool = False) -> None:
         g = torch.Generator().manual_seed(case.rows + 7 * case.vocab + case.chunk)

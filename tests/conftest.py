@@ -98,7 +98,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 def _quick(items: list[pytest.Item], cases: int) -> set[pytest.Item]:
-    """Select evenly spaced cases of every test that is not slow, per test function, op and backend.
+    """Return evenly spaced cases of every test that is not slow, per test function, op and backend.
 
     Every test function that is not slow keeps at least one case on each of its backends, so every
     op and every room is covered. Only ``emu-check``, which `make test` does not build, has no case.
@@ -118,7 +118,7 @@ def _quick(items: list[pytest.Item], cases: int) -> set[pytest.Item]:
 
 
 def _pairs(items: list[pytest.Item], ran: set[pytest.Item]) -> set[pytest.Item]:
-    """Select few items that, together with the items in ``ran``, contain every pair of values of
+    """Return few items that, together with the items in ``ran``, contain every pair of values of
     any two parameters of each test.
 
     A parameter is a fixture or one call of ``parametrize``, so a list of cases with several names
@@ -173,6 +173,8 @@ def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
     lora_ext._C.set_cpu_isa(chosen.isa or os.environ.get("LX_ISA", ""))
     for module in OP_MODULES:
         monkeypatch.setattr(module, "_c", getattr(torch.ops, chosen.library))
+        if hasattr(module, "direct"):
+            monkeypatch.setattr(module, "direct", chosen.module)
     yield chosen
     lora_ext._C.set_cpu_isa("")
 

@@ -63,14 +63,14 @@ class Op:
         return [*self.small, *self.medium, *(self.large if backend.is_twin else ())]
 
     def feed(self, shape: Any, dtype: torch.dtype, turn: int = 0, **how: Any) -> Iterator[Any]:
-        """Yield a shape's inputs for each variant of its group. ``turn`` selects a later group."""
+        """Yield a shape's inputs for each variant of its group, ``turn`` groups later."""
         at = [*self.small, *self.medium, *self.large].index(shape) + turn
         for variant in self.variants[at % len(self.variants)]:
             yield self.inputs(shape, dtype, **{**variant, **how})
 
 
 def shapes(op: Op, *groups: Sequence[Any], name: str = "shape") -> pytest.MarkDecorator:
-    """Parametrize a test with each pair of a backend and a shape of ``groups`` that it runs."""
+    """Return a mark that parametrizes a test with each backend and the shapes that it runs."""
     params = [
         pytest.param(b, s, id=f"{b.name}-{s}", marks=marks_of(b))
         for b in BACKENDS

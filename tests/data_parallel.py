@@ -66,7 +66,7 @@ def _by_deepspeed(
     os.environ["DS_ACCELERATOR"] = "cpu"
     import deepspeed
 
-    # Skips DeepSpeed's shared-memory all-reduce for the CPU: compiling it takes minutes.
+    # This disables DeepSpeed's shared-memory all-reduce for the CPU: compiling it takes minutes.
     importlib.import_module("deepspeed.comm.torch").build_shm_op = lambda: None
 
     config = {

@@ -89,8 +89,8 @@ class FakeCuda:
         self.active.queue.append((None, work))
 
     def run(self, until=None):
-        """Execute all queued work or, if ``until`` is given, only until it returns True. The latter
-        counts as a wait of the host, unless it returns True at once."""
+        """Execute all queued work or, if ``until`` is given, only until ``until()`` is True. If it
+        is not True at once, a wait of the host is counted."""
         if until is not None and not until():
             self.waits += 1
         while not (until is not None and until()):

@@ -21,7 +21,7 @@ END_S = 600.0  # A hanging case sleeps longer than any test waits.
 
 
 def serve(connection: Connection, backend: str) -> None:
-    """Answer with the id of this process; "crash" ends it, "hang" blocks it, "spoil" retires it."""
+    """Answer with this process's id; "crash" kills it, "hang" blocks it, "spoil" retires it."""
     connection.send({"backend": backend})
     while True:
         try:

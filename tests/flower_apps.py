@@ -27,7 +27,7 @@ class Classifier(client_models.Classifier):
 
 
 def batches(partition: int) -> list[tuple[Tensor, Tensor]]:
-    """Return two steps; client i has i + 2 rows in each."""
+    """Return the batches of two steps; client i has i + 2 rows in each."""
     generator = torch.Generator().manual_seed(partition)
     rows = partition + 2
     return [

@@ -20,8 +20,8 @@ def needs(*names: str) -> pytest.MarkDecorator:
 
 
 def load_script(monkeypatch: pytest.MonkeyPatch, folder: str, name: str) -> ModuleType:
-    """Load ``folder/name.py`` under a unique module name, with its folder in ``sys.path`` as for a
-    script. Both changes are undone at the end of the test."""
+    """Return ``folder/name.py``, loaded under a unique module name, with its folder in ``sys.path``
+    as for a script. Both changes are undone at the end of the test."""
     path = ROOT / folder / f"{name}.py"
     spec = importlib.util.spec_from_file_location(f"{folder}_{name}", path)
     assert spec is not None and spec.loader is not None

@@ -23,7 +23,7 @@ TABLE: list[Op] = [op for family in FAMILIES for op in getattr(family, "OPS", ()
 
 
 def everywhere(has: Callable[[Op], Any], shapes: Any = Op.shapes) -> pytest.MarkDecorator:
-    """Run a test for each op for which ``has`` is true, on each of its backends and shapes."""
+    """Return a mark that runs a test for each op with ``has(op)``, on its backends and shapes."""
     params = [
         pytest.param(b, op, shape, id=f"{b.name}-{op.name}-{shape}", marks=marks_of(b))
         for b in BACKENDS
@@ -58,7 +58,7 @@ def test_errors_on_random_values_stay_within_bounds(backend: Backend, op: Op, sh
 
 
 def repeated(op: Op, backend: Backend) -> list[Any]:
-    """Return the shapes for repeated calls: on the CPU none if the test of bounds repeats calls."""
+    """Return shapes for repeated calls; on the CPU none if the test of bounds repeats calls."""
     if backend.device == "cpu":
         return [] if op.bounds else [*op.small]
     return [shape for shape in op.shapes(backend) if shape not in op.large]

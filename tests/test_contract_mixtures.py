@@ -104,7 +104,8 @@ def test_a_slot_of_several_adapters_is_their_weighted_sum(backend: Backend) -> N
 
 
 def reference_bank(i: Inputs, name: str) -> Tensor:
-    """Return the bank (2, 16, I) or (2, O, 16) of adapters with pages 0, 1 and page 2."""
+    """Return factor "a" (2, 16, I) or "b" (2, O, 16): adapter 0 has pages 0 and 1, adapter 1 has
+    page 2."""
     pages = i[name][i["page_table"][0].long()].double()
     if name == "a":
         return torch.stack([pages[:2].flatten(0, 1), pages[[2, 2]].flatten(0, 1)])

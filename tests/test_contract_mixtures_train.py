@@ -142,7 +142,7 @@ def test_columns_have_the_gradients_of_calls_in_order(backend: Backend, shape: S
         same(train(i), expected | {"dweights": torch.stack([c["dweights"] for c in calls], 1)})
 
 
-def test_columns_have_masks_of_their_own(backend: Backend) -> None:
+def test_each_column_has_a_separate_dropout_mask(backend: Backend) -> None:
     """Check that column k has the mask whose Philox counter contains k."""
     i = mixed_train_inputs(SHAPE, torch.float32, kind="columns", seed=7, exact=True, dropout_p=0.5)
     keep = [reference.dropout_keep(20, 40, 0.5, i["seed"], k) for k in range(COLUMNS)]
@@ -300,7 +300,7 @@ KNOWN: dict[str, Any] = {
 }
 
 
-def test_known_answers(backend: Backend) -> None:
+def test_small_mixture_has_the_results_computed_by_hand(backend: Backend) -> None:
     for dtype in backend.dtypes():
         if dtype.itemsize < 4:
             continue

@@ -1,9 +1,11 @@
 """Packed products of weights of 8 and 4 bits on twins and kernels: no row depends on another."""
 
+from typing import Any
+
 import pytest
 import torch
 from backends import Backend
-from cases_packed_linear import FORMATS, bits_dtypes, make
+from cases_packed_linear import DTYPES, FORMATS, adapters, bits_dtypes, make
 from contract import assert_same_bits, off_grid, with_threads
 
 from lora_ext import ops, reference
@@ -35,6 +37,31 @@ def test_bits_of_a_row_of_a_rounded_weight_depend_on_the_row_alone(
             assert_same_bits(ops.pack_weight(off_grid(weight), **how), packed)
             assert_same_bits(ops.packed_linear(off_grid(x), packed, apart, out, int8), together)
             assert_same_bits(ops.packed_linear(x[:1], packed, bias, out, int8), together[:1])
+
+
+@pytest.mark.parametrize("form", [None, *FORMATS])
+def test_product_and_update_by_one_op_have_the_bits_of_two(
+    backend: Backend, form: tuple[int, bool] | None
+) -> None:
+    if form is None and backend.device != "cpu":
+        pytest.skip("weights that are not rounded are packed only on the CPU")
+    shape = 12, 192, 70
+    how = {} if form is None else {"bits": form[0], "minimum": form[1]}
+    for dtype in bits_dtypes(backend) if form else DTYPES:
+        x, weight, bias = (t.to(backend.device) for t in make(shape, dtype, exact=False))
+        packed, update = ops.pack_weight(weight, **how), adapters(shape, dtype, backend.device)
+        a, b, ids, scale, *rest = update
+        weights, mixed = torch.rand(12, 2).to(x.device), torch.stack([ids, ids.roll(1)], 1)
+        mixture: tuple[Any, ...] = (a, b, mixed, scale, *rest[:3], weights, None)
+        for given in (update, mixture):
+            for each in (bias, None):
+                product = packed, each, 70, False
+                two = ops.packed_linear(x, *product)
+                of_rows = None if given is update else weights
+                ops.lora_apply_(two, x, *given[:7], weights=of_rows)
+                for turned in (x, x.view(4, 3, 192), off_grid(x)):
+                    found = ops.packed_lora_linear(turned, product, given)
+                    assert_same_bits(found, two.view(*turned.shape[:-1], 70))
 
 
 def test_codes_at_any_address_give_the_same_bits(backend: Backend) -> None:
@@ -87,7 +114,7 @@ def test_rows_that_are_not_finite_affect_only_their_outputs(backend: Backend) ->
 
 def test_kernels_raise_for_what_only_the_twin_computes(backend: Backend) -> None:
     if backend.is_twin:
-        pytest.skip("for kernels")
+        pytest.skip("this test runs only on kernels")
     x = torch.zeros(MAX_CUDA_ROWS + 1, 64, device=backend.device)
     packed = ops.pack_weight(torch.zeros(40, 64, device=backend.device), bits=8)
     text = r"packed_linear: x: expected at most 64 rows on CUDA; .*unpack_weight.*torchao.*found 65"

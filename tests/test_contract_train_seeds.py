@@ -80,8 +80,8 @@ def test_slots_and_other_rows_change_no_bit(backend: Backend) -> None:
 
 
 def test_mask_of_one_seed_for_all_counts_the_rows_of_the_batch(backend: Backend) -> None:
-    """Check a single adapter: a seed of shape `()` is for all rows, a seed of shape `(1,)` is for
-    the adapter."""
+    """With one adapter, a seed of shape `()` numbers the rows of the whole batch, and a seed of
+    shape `(1,)` numbers only the rows of the adapter."""
     i = inputs(Shape(40, 48, 24, (8,), "half"), seed=5, device=backend.device)
     of_adapter, of_batch = run(i), run({**i, "seed": i["seed"][0]})
     own = i["adapter_ids"] == 0

@@ -144,8 +144,8 @@ def with_state(value: LoraAdapter, state: dict[str, Tensor]) -> LoraAdapter:
 
 
 def aggregated(rank_agg: str, server_lr: float = 1.0, rank: int = RANK) -> Way:
-    """Aggregate two equally weighted clients, which upload the two adapters; the first adapter is
-    the server's state."""
+    """Return a function that aggregates two adapters, which two clients with equal weights upload.
+    The first adapter is the server's state."""
 
     def way(one: LoraAdapter, two: LoraAdapter, folder: Path):
         state, plan = one.state_dict(), LayerPlan((0,), None if rank == RANK else (rank,))

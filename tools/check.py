@@ -1,4 +1,4 @@
-"""Run what CI runs (`make check`); kernels are compiled unless LORA_EXT_CUDA is 0."""
+"""Run everything that CI runs (`make check`). Kernels are compiled unless LORA_EXT_CUDA is 0."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 from legs import ROOT, Leg, run
 
 PY = sys.executable
-BIN = str(Path(PY).parent)  # not resolved: tools of the virtual environment come first
+BIN = str(Path(PY).parent)  # no resolve(): the link leads out of the virtual environment
 
 
 def main() -> int:
@@ -18,7 +18,7 @@ def main() -> int:
     os.environ.update(PATH=f"{BIN}{os.pathsep}{os.environ['PATH']}", LORA_EXT_CUDA=cuda)
     share_compilations()
     tests = [PY, "-m", "pytest", "-q", "--durations=15", "--require-emu", "tests"]
-    tests += ["-n", "2", "--dist", "worksteal"]  # adjacent tests share fixtures
+    tests += ["-n", "2", "--dist", "worksteal"]  # keeps tests that share fixtures on one worker
     # The leg "pages" runs this test.
     tests += ["--deselect", "tests/docs/test_pages.py::test_code_of_the_page_runs"]
     tests.append("--hypothesis-profile=ci")  # fixed examples; `make test` draws new ones
@@ -39,7 +39,7 @@ def main() -> int:
         Leg("hosts", [PY, "tools/hosts.py", "this processor"], 1200, after="build"),
     ]
     if cuda == "1" and os.environ.get("SKIP_CUDA_TORCH") != "1":
-        # It runs in parallel with the tests, because its download needs no core.
+        # This leg runs in parallel with the tests, because its download needs no core.
         command = [PY, "tools/cuda_torch_check.py"]
         legs.append(Leg("cuda torch", command, 2400, after="build", beside=True))
     lowest = [PY, "tools/lowest_check.py"]

@@ -1,4 +1,4 @@
-"""Hooks of mkdocs.yml that expand a package's names, names in docstrings, and links out of docs/.
+"""Hooks of mkdocs.yml for a package's names, names in docstrings, and links to files outside docs/.
 
 A reference page contains `::: lora_ext.rows`. It shows the docstring of that package and each name
 of its `__all__`: with its docstring if the package defines the name, otherwise as a link.
@@ -31,11 +31,11 @@ _OTHERS = {"torch", "transformers", "peft", "flwr", "vllm", "numpy"}
 
 
 def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
-    """Expand the packages that a reference page names, and rewrite its links out of docs/."""
+    """Expand the ``::: package`` lines of a page; write links to files outside docs/ as text."""
     here = posixpath.join("docs", posixpath.dirname(page.file.src_uri))
 
     def path_of(found: re.Match[str]) -> str:
-        """Replace a link out of docs/ by the path of the file, which must exist."""
+        """Return the words of a link to a file outside docs/, followed by the file's path."""
         path = posixpath.normpath(posixpath.join(here, found["path"]))
         if path.startswith("docs/"):
             return found[0]
@@ -47,7 +47,7 @@ def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
         return _written_out(asked["name"], here)
 
     head, examples, rest = markdown.partition(_EXAMPLES)
-    if examples:  # the names below are not part of that section
+    if examples:  # the names that follow get a separate section
         markdown = head + examples + rest.replace("\n::: ", "\n## Names\n\n::: ", 1)
     return _OUTSIDE.sub(path_of, ASKED.sub(written, markdown))
 
@@ -130,7 +130,7 @@ def _place(name: str, here: Any, package: griffe.Module) -> str | None:
         if (path := _path(package, f"{scope.path}.{name}")) is not None:
             return path
         scope = scope.parent
-    # A name that the module does not import.
+    # The module does not import the name: search the whole package.
     first, dot, rest = name.partition(".")
     everywhere = (o.path for o in _objects(package) if o.is_class or o.is_function)
     homes = [p for p in (*shown(), *everywhere) if p.rpartition(".")[2] == first]

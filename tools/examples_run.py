@@ -1,8 +1,8 @@
 """Find the public names that tested examples use; ``python tools/examples_run.py`` counts them.
 
 Tests run the Python blocks of the README and of the pages, the cells of the tutorials, and the
-scripts in ``examples/`` that a test names. A name counts if one of these imports it, or accesses it
-in a package that it imports. The search imports nothing.
+scripts in ``examples/`` that a test names. A name counts as used if such code imports it, or reads
+it from an imported package. The code is parsed, not imported.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ def used(code: str) -> set[str]:
 
 
 def _defined(path: str) -> str:
-    """Return where the first name of a dotted path that is not a package is defined."""
+    """Return where the first name after the packages of ``path`` is defined; ``path`` if none."""
     package, *names = path.split(".")
     while names and face_file(f"{package}.{names[0]}").exists():
         package = f"{package}.{names.pop(0)}"
@@ -76,7 +76,7 @@ def _defined(path: str) -> str:
 
 @lru_cache
 def in_use() -> dict[str, list[str]]:
-    """Return the paths of the code that uses each public name, by its definition."""
+    """Return the files that use each public name, in a dict whose keys are definitions."""
     found: dict[str, list[str]] = {}
     for path, code in sources():
         for place in used(code) & shown().keys():

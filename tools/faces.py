@@ -62,7 +62,7 @@ def origin(place: str) -> str:
 
 @lru_cache
 def shown() -> dict[str, str]:
-    """Return, by definition, the package whose reference page shows it."""
+    """Return a dict from definitions to the packages whose reference pages show them."""
     pages = sorted((ROOT / "docs/reference").rglob("*.md"))
     asked = [found["name"] for page in pages for found in ASKED.finditer(page.read_text())]
     found = {package: package for package in asked}

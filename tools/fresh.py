@@ -50,7 +50,11 @@ def torch_of(wheel: Path) -> str:
 
 
 def install(python: str, wheel: Path, room: Path) -> tuple[Path, dict[str, float]]:
-    """Install torch, transformers and the wheel in a new environment; return Python and times."""
+    """Install torch, transformers and the wheel in a new environment.
+
+    Returns:
+        Its Python, and the seconds that the downloads and the wheel took.
+    """
     subprocess.run([python, "-m", "venv", room], check=True)
     inside = room / "bin" / "python"
     seconds: dict[str, float] = {}
@@ -64,7 +68,7 @@ def install(python: str, wheel: Path, room: Path) -> tuple[Path, dict[str, float
 
 
 def bare(room: Path) -> dict[str, str]:
-    """Return environment variables for a machine without a compiler; only the venv is on PATH."""
+    """Return environment variables with only the virtual environment on PATH: no compiler."""
     path = str(room / "bin")
     found = [name for name in COMPILERS if shutil.which(name, path=path)]
     if found:
@@ -86,7 +90,7 @@ def main() -> None:
         raise SystemExit(f"fresh: --place: expected a folder with base-model (`make demo` leaves "
                          f"out/demo), found {args.place}")  # fmt: skip
     found = _TEN.search((ROOT / "README.md").read_text())
-    assert found is not None, "README.md has no ten lines"
+    assert found is not None, "README.md: expected a block under 'Serve in ten lines', found none"
     with tempfile.TemporaryDirectory() as folder:
         room = Path(folder) / "venv"
         inside, seconds = install(args.python, args.wheel.resolve(), room)

@@ -27,12 +27,12 @@ from legs import ROOT, Leg, run
 
 PY = sys.executable
 REMEDY = "set PYTHON to a Python with a CUDA build of torch."
-# A few shapes of one law launch every kernel; the sanitizer is slow.
+# Tests for the sanitizer, which is slow: one property with a few shapes launches every kernel.
 SMALL = "random_values and (lora-T3- or lora-T70- or train-T17-)"
 LAWS = "tests/test_contract.py"
-# Kernels that a tool does not check. An expand loads four floats of v at a time, and replaces those
-# beyond the adapter's rank, which no kernel writes, by zeros after the load; initcheck reports the
-# load. To write them in shrink, or to load fewer, probably takes instructions (not measured).
+# Kernels that a sanitizer's tool does not check. Expand loads four floats of v at a time. No kernel
+# writes the floats beyond the adapter's rank, so initcheck reports the load, although expand then
+# replaces them by zeros. To write them, or to load fewer, probably takes more instructions.
 EXCLUDED = {"initcheck": "lora_expand_kernel"}
 PYTEST = [PY, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--require-gpu"]
 PROBE = "nvcc -O3 -std=c++20 -arch=native tools/gpu_probe.cu -o build/gpu_probe && build/gpu_probe"
@@ -125,7 +125,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--call", type=int, choices=(0, 1, 2, 3), default=1, help="run 1 first")
+    parser.add_argument("--call", type=int, choices=(0, 1, 2, 3), default=1, help="run 1 before 2")
     parser.add_argument(
         "--out", type=Path, default=ROOT / "out", help="folder for logs and results"
     )

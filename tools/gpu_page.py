@@ -2,8 +2,8 @@
 
     python tools/gpu_page.py REPORT.json ...
 
-The hash of the compiled module tells builds apart. Reports of this tree's build come first. The
-heading of another build's column contains its hash, since its kernels may differ. A report is
+A build is identified by the hash of its compiled module. Reports of this tree's build come first.
+The column heading of any other build contains its hash, since the kernels may differ. A report is
 refused if a check failed or did not end, or if it is from the emulator, which has no times.
 """
 

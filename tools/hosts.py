@@ -3,7 +3,8 @@
     python tools/hosts.py [name of a setting to leave out ...]
 
 torch, oneDNN, MKL and the CPU kernels of this package choose their code by the processor. Each
-setting makes one of them, or all, choose the code of another processor. Two settings run at a time.
+setting makes one or all of these libraries choose the code of another processor. Two settings run
+at a time.
 """
 
 from __future__ import annotations
@@ -18,8 +19,8 @@ from lora_ext import _C
 
 PYTEST = [sys.executable, "-m", "pytest", "-q", "--quick", "1", "-p", "no:cacheprovider"]
 PYTEST += ["-m", "hosts and not emulated and not cuda"]
-# LX_ISA sets the instruction set of the backend "cpu". The backends with a fixed one run in the
-# other tests, and choose the same code in every setting.
+# LX_ISA sets the instruction set of the backend "cpu". Backends with a fixed instruction set are
+# left out: they use the same code in every setting, and other tests run them.
 PYTEST += ["-k", "not compile and not graph and not cpu-scalar and not cpu-avx"]
 
 AVX2 = {
@@ -33,7 +34,7 @@ SETTINGS: dict[str, dict[str, str]] = {
     "3 threads": {"OMP_NUM_THREADS": "3"},
     "torch without AVX, lora_ext scalar": {"ATEN_CPU_CAPABILITY": "default", "LX_ISA": "scalar"},
     "oneDNN SSE41": {"ONEDNN_MAX_CPU_ISA": "SSE41"},
-    # Without AVX-512, oneDNN uses AVX2 anyway, so this setting is skipped then.
+    # Skipped on processors without AVX-512, on which oneDNN uses AVX2 in every setting.
     "oneDNN AVX2, lora_ext avx512": {"ONEDNN_MAX_CPU_ISA": "AVX2", "LX_ISA": "avx512"},
     "MKL SSE4.2": {"MKL_ENABLE_INSTRUCTIONS": "SSE4_2"},
     "all AVX2": AVX2,
@@ -66,7 +67,7 @@ def processor() -> str:
 
 def main(left_out: Sequence[str] = ()) -> int:
     if unknown := set(left_out) - set(SETTINGS):
-        raise SystemExit(f"hosts: no setting {sorted(unknown)}; there are {sorted(SETTINGS)}.")
+        raise SystemExit(f"hosts: expected settings of {sorted(SETTINGS)}, found {sorted(unknown)}")
     print(f"processor: {processor()}; lora_ext's best instruction set: {_C.cpu_isa()}")
     legs: list[Leg] = []
     for name, env in SETTINGS.items():

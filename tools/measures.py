@@ -16,7 +16,7 @@ NOT_CODE = {tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, to
 NOT_CODE.add(tokenize.ENDMARKER)
 CHECKERS = set(
     """require integer number choice flag instance check_fields supported renamed""".split()
-)  # from lora_ext._checks; names that begin with check_, refuse or require count as well
+)  # functions of lora_ext._checks; names with the prefix check_, refuse or require count as well
 WIDE = 8  # parameters of one function
 
 
@@ -83,7 +83,7 @@ def _parameters(function: Function) -> int:
 
 
 def measure(path: Path) -> Measures:
-    """Measure one file."""
+    """Return the counts of one file."""
     text = path.read_text()
     code = code_lines(text)
     functions = [node for node in nodes(text) if isinstance(node, Function)]

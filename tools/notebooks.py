@@ -1,10 +1,10 @@
-"""Run the tutorials, which are notebooks, and give each a page of the site.
+"""Run the tutorials, which are notebooks, and convert each to a page of the site.
 
 `python tools/notebooks.py [NOTEBOOK ...]` runs them in full and stores what they print and draw.
-The cells run in this process, one after another, as in Jupyter, so a test of a tutorial shares
-imports with other tests and needs no kernel, as nbmake would. A tutorial is plain Python: no
-magics, no top-level await. For mkdocs this module is a hook: links in notebooks are checked like
-those of every page, and nothing is downloaded.
+The cells run in this process, one after another, as in Jupyter. A test of a tutorial therefore
+shares imports with other tests, and needs no Jupyter kernel, which nbmake would start. A tutorial
+is plain Python: no magics, no top-level await. mkdocs loads this module as a hook: links in
+notebooks are checked like those of every page, and nothing is downloaded.
 """
 
 from __future__ import annotations
@@ -35,7 +35,8 @@ def run(notebook: dict[str, Any], **parameters: Any) -> dict[str, Any]:
         The names that the cells define.
 
     Raises:
-        ValueError: If that cell does not set a parameter. Errors of the cells are raised as well.
+        ValueError: If the cell with the tag does not set one of the ``parameters``. Errors of the
+            cells are raised as well.
     """
     pyplot = _pyplot()
     pyplot.close("all")
@@ -56,7 +57,7 @@ def run(notebook: dict[str, Any], **parameters: Any) -> dict[str, Any]:
 
 
 def _pyplot() -> Any:
-    """Import pyplot with a non-interactive backend, only here: a site needs no matplotlib."""
+    """Return pyplot with a non-interactive backend; only :func:`run` needs matplotlib."""
     import matplotlib
 
     matplotlib.use("Agg")

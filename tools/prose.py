@@ -30,7 +30,7 @@ ROOT = Path(__file__).resolve().parents[1]
 LEAST_VERBS = 0.85  # share of functions whose docstring opens with a verb
 MOST_DIALECT = 20  # docstrings with a doubtful phrase
 MOST_DIALECT_OF_PAGES = 0.3  # phrases per 1,000 words, over all pages
-MOST_WORDS = 30_000  # of pages outside docs/notes and docs/reference
+MOST_WORDS = 30_000  # words on pages outside docs/notes and docs/reference
 MOST_MUTE = 200  # messages of `raise` that do not contain a value
 
 VERBS = set(
@@ -99,7 +99,7 @@ class Finding(NamedTuple):
     line: int
     opening: str  # first paragraph
     reasons: list[str]  # empty if the docstring reads well
-    is_noun: bool  # of a class or property, which opens with a noun
+    is_noun: bool  # True for classes and properties, whose docstrings open with a noun
 
 
 def opens_with_verb(text: str) -> bool:
@@ -141,7 +141,7 @@ def mute_messages(path: Path) -> Iterator[str]:
 
 
 def count_code(root: Path) -> dict[str, Counter[str]]:
-    """Count docstrings and messages in each folder of ``root``."""
+    """Return the numbers of docstrings and messages in each folder of ``root``."""
     folders: dict[str, Counter[str]] = {}
     for path in sorted(root.rglob("*.py")):
         inside = path.relative_to(root).parts
@@ -155,7 +155,8 @@ def count_code(root: Path) -> dict[str, Counter[str]]:
 
 
 def count_pages(root: Path) -> dict[str, Counter[str]]:
-    """Count words, sentences and doubtful phrases of each page, without code and tables."""
+    """Return the numbers of words, sentences and doubtful phrases of each page, without code and
+    tables."""
     pages: dict[str, Counter[str]] = {}
     for path in sorted(root.rglob("*.md")):
         text = re.sub(r"```.*?```", "", path.read_text(), flags=re.S)

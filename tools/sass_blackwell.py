@@ -35,11 +35,11 @@ from sass_gate import ROOT, Kernel
 LOCK = ROOT / "kernels_blackwell.lock"
 ARCHS = ("sm_100f", "sm_120")
 COMMAND = "python tools/sass_gate.py --blackwell"
-# Bytes of stack of the kernels that may spill. Each stores a value that its loop does not change,
-# and reads its 4 bytes (float16 expand: 12) back once per iteration, from L1. One block fewer per
+# Bytes of stack of the kernels that may spill. Each spills a value that its loop does not change,
+# and reads the 4 bytes (float16 expand: 12) back from L1 once per iteration. One block fewer per
 # multiprocessor removes the spill, but also a quarter (expand, 146 registers) or half (packed
 # products) of the loads in flight. The packed product of float32 with minima has one block already.
-# A kernel that no longer spills must be removed here.
+# Remove a kernel from this table when it no longer spills.
 DECODE = ("__half", "__nv_bfloat16")
 ALLOWED = {
     **{("sm_100f", f"lora_expand_kernel<{t}, true, 1, 4, 1, false>"): 8 for t in DECODE},
@@ -59,7 +59,7 @@ Key = tuple[str, str]  # architecture and name of a kernel
 
 @dataclass
 class Section:
-    """Kernels of one source file."""
+    """Digest and kernels of one source file."""
 
     digest: str
     rows: dict[Key, str] = field(default_factory=dict)
@@ -104,7 +104,7 @@ def sources(root: Path) -> list[str]:
 
 
 def headers(path: Path, root: Path, found: dict[Path, None]) -> dict[Path, None]:
-    """Add a file and the headers of this repository that it includes to ``found``."""
+    """Add a file and the headers of this repository that it includes to ``found``; return it."""
     if path not in found:
         found[path] = None
         for name in INCLUDE.findall(path.read_text()):
@@ -216,7 +216,7 @@ def covered(names: Iterable[str], path: Path, root: Path) -> tuple[list[str], in
 def compare(lock: Lock, found: Mapping[Key, str], compiler: str) -> list[str]:
     """Return the differences between the lock and the rows of machine code."""
     if lock.compiler != compiler:
-        print(f"{LOCK.name} is from another nvcc; numbers are not compared.")
+        print(f"{LOCK.name} was written with another nvcc; numbers are not compared.")
         return []
     wrong = [row for key, row in found.items() if lock.rows.get(key) != row]
     return [f"{LOCK.name} differs; found {row}" for row in wrong]

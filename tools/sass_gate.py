@@ -3,11 +3,11 @@
     python tools/sass_gate.py [--update] [object ...]
     python tools/sass_gate.py --blackwell [--update] [wheel ...]
 
-It reads the objects that the build links (or those named), so it checks the code that ships. For
-each kernel and architecture: no stack, no local memory, the rules of `kernels.toml`, and the
-numbers recorded in `kernels.lock`, so that a change of registers or instructions shows in review.
+The script reads the objects that the build links (or those named), which contain the code that
+ships. It checks each kernel and architecture: no stack, no local memory, the rules of
+`kernels.toml`, and the numbers in `kernels.lock`, so that reviews show changes of the machine code.
 
-It cannot see bank conflicts, stalls or speed, nor whether an instruction is on the hot path. The
+It does not detect bank conflicts, stalls or speed, nor if an instruction is on the hot path. The
 `_loop` rules search only between a backward branch and its target. `sass_loops.py` computes what
 other rules limit: the bytes that a loop has in flight (`min_inflight`, `min_overlap`), the
 cost before it (`max_trips`, `first_bytes`), its instructions (`mma_share`,
@@ -85,7 +85,7 @@ class Kernel:
 
     @cached_property
     def opcodes(self) -> Counter[str]:
-        """How often each opcode occurs."""
+        """Number of occurrences of each opcode."""
         return Counter(one.opcode for one in self.code)
 
     def loop_opcodes(self) -> set[str]:
@@ -155,7 +155,7 @@ def reader() -> tuple[str, dict[str, str]]:
 
 
 def short_name(demangled: str) -> str:
-    """Shorten ``void lora_ext::(anonymous namespace)::f<float, 8>(int)`` to ``f<float, 8>``."""
+    """Return ``f<float, 8>`` for ``void lora_ext::(anonymous namespace)::f<float, 8>(int)``."""
     name = re.sub(r"\(anonymous namespace\)::|^void |lora_ext::", "", demangled)
     depth = 0
     for i, letter in enumerate(name):
@@ -274,7 +274,7 @@ def judge(kernel: Kernel, rules: list[dict]) -> list[str]:
         wrong += judge_costs(kernel, rule)
         if "forbid_before_wait" in rule:
             if kernel.before_wait is None:
-                wrong.append("nothing to measure forbid_before_wait in")
+                wrong.append("forbid_before_wait: expected code to check, found none")
             wrong += judge_before_wait(kernel, rule["forbid_before_wait"])
         for suffix, opcodes in (("", kernel.opcodes), ("_loop", kernel.loop_opcodes())):
             place = " in a loop" if suffix else ""
@@ -289,7 +289,7 @@ def judge(kernel: Kernel, rules: list[dict]) -> list[str]:
 
 
 def judge_before_wait(kernel: Kernel, patterns: list[str]) -> list[str]:
-    """Check the opcodes that a thread may run before the wait for the previous kernel."""
+    """Return the faults of the opcodes that may run before the wait for the previous kernel."""
     wrong = []
     for pattern in patterns:
         bad = {opcode for opcode in kernel.before_wait or () if re.match(pattern, opcode)}
@@ -305,20 +305,20 @@ COSTS = {
     "first_bytes": ("bytes per thread requested before the wait for the previous kernel", False),
     "mma_share": ("percent of a main loop multiplies on tensor cores", False),
     "instructions_per_element": ("instructions for each value that a main loop loads", True),
-    "turn_trips": ("memory trips in series in a turn of a loop that multiplies", True),
+    "turn_trips": ("memory trips in series in an iteration of a loop that multiplies", True),
     "early_release": ("ways to let the next kernel start before the wait", True),
 }
 
 
 def judge_costs(kernel: Kernel, rule: dict) -> list[str]:
-    """Check one rule against the costs of a kernel before and in its main loops."""
+    """Return the costs of a kernel, before and in its main loops, that break one rule."""
     wrong = []
     for key, (what, is_most) in COSTS.items():
         if (bound := rule.get(key)) is None:
             continue
         found = kernel.costs[key]
         if found is None:
-            wrong.append(f"nothing to measure {key} in")
+            wrong.append(f"{key}: expected code to measure, found none")
         elif found > bound if is_most else found < bound:
             wrong.append(f"{found} {what} ({'max.' if is_most else 'min.'} {bound})")
     return wrong
@@ -335,12 +335,12 @@ class Verdict:
 
 
 def verdicts(rules: list[dict], path: Path) -> list[Verdict]:
-    """Check the kernels in one object."""
+    """Return the verdicts on the kernels in one object."""
     return [Verdict(k.name, k.arch, row(k), tuple(judge(k, rules))) for k in read([path])]
 
 
 def all_verdicts(objects: Iterable[Path], rules: list[dict]) -> list[Verdict]:
-    """Check all kernels in these objects, one process per core, the largest object first."""
+    """Return the verdicts on all kernels in these objects, computed by one process per core."""
     ordered = sorted(objects, key=lambda path: -path.stat().st_size)
     with ProcessPoolExecutor(min(len(ordered), len(os.sched_getaffinity(0)))) as pool:
         return sorted(chain.from_iterable(pool.map(partial(verdicts, rules), ordered)))
@@ -392,11 +392,11 @@ def main() -> int:
 
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument(
-        "objects", nargs="*", type=Path, help="objects or cubins; default: the build's"
+        "objects", nargs="*", type=Path, help="objects or cubins; default: those of the build"
     )
     parser.add_argument("--update", action="store_true", help="rewrite kernels.lock")
     parser.add_argument("--rules", type=Path, default=RULES)
-    parser.add_argument("--blackwell", action="store_true", help="check code that CI leaves out")
+    parser.add_argument("--blackwell", action="store_true", help="check the code for Blackwell")
     args = parser.parse_args()
     if args.blackwell:
         if args.update and args.objects:
@@ -405,7 +405,7 @@ def main() -> int:
     built = sorted(ROOT.glob("build/cmake-*/CMakeFiles/lx_kernels.dir/csrc/cuda/*.cu.o"))
     objects = args.objects or [o for o in built if (ROOT / "csrc/cuda" / o.stem).exists()]
     if not objects:
-        raise SystemExit("sass_gate: no kernel objects; build with LORA_EXT_CUDA=1 first.")
+        raise SystemExit("sass_gate: expected kernels, found none; build with LORA_EXT_CUDA=1")
     rules = load_rules(args.rules)
     try:
         kernels = all_verdicts(objects, rules)
@@ -434,7 +434,7 @@ def main() -> int:
             failed += 1
             print("FAIL no kernels.lock; `python tools/sass_gate.py --update` writes it")
         elif recorded[:1] != wanted[:1]:
-            print("kernels.lock is from another nvcc; numbers are not compared.")
+            print("kernels.lock was written with another nvcc; numbers are not compared.")
         elif recorded != wanted:
             failed += 1
             print("FAIL kernels.lock differs; `python tools/sass_gate.py --update` records:")

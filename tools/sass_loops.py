@@ -19,8 +19,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
-# Simulated and measured iterations: the first ones fill the pipeline; 24 is a multiple of 1, 2, 3,
-# 4, 6 and 8.
+# Numbers of iterations that are simulated, and of the last ones that are measured: the first ones
+# fill the pipeline. 24 is a multiple of 1, 2, 3, 4, 6 and 8.
 TURNS, MEASURED = 40, 24
 NO_BARRIER = 7
 TENSOR = r"(HMMA|HGMMA|QGMMA)\b"
@@ -102,7 +102,7 @@ class Loops:
     """Natural loops of a kernel: a branch back to a block that dominates the branch closes one."""
 
     code: Sequence[Instruction]
-    starts: list[int]  # of the basic blocks
+    starts: list[int]  # index of the first instruction of each basic block
     ends: list[int]
     after: list[list[int]]  # blocks that may follow
     bodies: dict[int, set[int]]  # blocks of each loop, by its head block
@@ -364,7 +364,7 @@ def early_release(code: Sequence[Instruction]) -> int | None:
 def before_wait(code: Sequence[Instruction]) -> list[Instruction] | None:
     """Return the instructions that a thread may run before the wait for the previous kernel.
 
-    They are all that a path from the entry reaches without a wait; None if nothing waits.
+    They are on paths from the entry without a wait. The result is None if no instruction waits.
     """
     if not any(re.match(r"ACQBULK\b", one.opcode) for one in code):
         return None

@@ -35,7 +35,7 @@ def local_version(torch_version: str, cuda: str | None) -> str:
 
 
 def for_torch(wheel: Path, torch_version: str, cuda: str | None) -> Path:
-    """Rewrite the wheel with a version and a requirement that name its torch."""
+    """Rewrite the wheel with a version and a requirement that name its torch; return its path."""
     name, version, tags = wheel.name.split("-", 2)
     local = f"{version}+{local_version(torch_version, cuda)}"
     minor = ".".join(re.findall(r"\d+", torch_version)[:2])
@@ -52,7 +52,7 @@ def for_torch(wheel: Path, torch_version: str, cuda: str | None) -> Path:
                 continue
             if place == f"{new}METADATA":
                 text = data.decode().replace(f"\nVersion: {version}\n", f"\nVersion: {local}\n")
-                assert TORCH.search(text), "METADATA requires no torch"
+                assert TORCH.search(text), "METADATA: expected a requirement of torch, found none"
                 data = TORCH.sub(f"Requires-Dist: torch=={minor}.*", text).encode()
             digest = base64.urlsafe_b64encode(hashlib.sha256(data).digest()).rstrip(b"=").decode()
             rows.append(f"{place},sha256={digest},{len(data)}\n")

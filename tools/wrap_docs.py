@@ -92,7 +92,7 @@ def _wrap(lines: list[str]) -> list[str]:
 
 
 def _words(text: str) -> list[str]:
-    """Split into words; code is kept in one piece if it fits a line."""
+    """Return the words of a text; code is kept in one piece if it fits a line."""
     words: list[str] = []
     for word in text.split():
         if words and _open(words[-1]) and len(words[-1]) + len(word) < WIDTH - 10:
@@ -107,7 +107,7 @@ def _open(word: str) -> bool:
 
 
 def _not_as_marks(words: list[str]) -> list[str]:
-    """Join a word that would begin a list or a table at a line's start to the previous word."""
+    """Return the words; one that would begin a list or table is joined to the word before it."""
     kept: list[str] = []
     for word in words:
         if kept and re.fullmatch(r"[*+-]|\d+[.)]|#+|\||>|=+|-+", word):

@@ -134,9 +134,9 @@ def collate(own: language.Language, pairs: Sequence[tuple[str, str]]) -> dict[st
 
 
 def figures(model: Any, stage: Stage, over: bool = False) -> dict[str, float]:
-    """Return the task loss, and the share of harmful questions refused.
+    """Return the task loss, and the share of harmful questions that the model refuses.
 
-    With ``over``, also return the share of harmless questions refused.
+    With ``over``, also return the share of harmless questions that the model refuses.
     """
     own, count = language.load(stage.quick), 1 if stage.quick else NEW_TOKENS
     asked = {"refusals": stage.harmful, **({"over": stage.harmless} if over else {})}

@@ -83,7 +83,7 @@ def load(quick: bool) -> Language:
 
 @functools.cache
 def rows_of(kind: str, count: int, length: int, quick: bool) -> Tensor:
-    """Return ``(count, length)`` tokens, each row from another text, in a fixed random order."""
+    """Return ``(count, length)`` tokens, with one text per row, in a fixed random order."""
     language = load(quick)
     texts = _python() if kind == "python" else _packages(quick)
     random.Random(0).shuffle(texts)
@@ -122,7 +122,8 @@ def whole_loss(model: Any, batch: dict[str, Tensor]) -> Tensor:
 
 
 def answer_loss(model: Any, batch: dict[str, Tensor]) -> Tensor:
-    """Return the loss over the labelled tokens; faster than ``whole_loss`` if they are few.
+    """Return the loss over the labelled tokens; faster than ``whole_loss`` if few tokens have
+    labels.
 
     The head, a fifth of SmolLM2's work, runs only on the states that predict labelled tokens.
     """

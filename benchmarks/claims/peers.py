@@ -71,7 +71,8 @@ class Peer:
         return found
 
     def trained(self, client: int, share: Any, round: int) -> Update:
-        """Return the changes of a client's training, with zeros for what it does not send."""
+        """Return the changes of a client's training, with zeros for tensors that the client does
+        not send."""
         start = {**self.state, **self.own.get(client, {})}
         load_state(self.manager, self.head, start)
         parameters = {name: self.model.get_parameter(in_model(name)) for name in start}
@@ -104,7 +105,7 @@ class Peer:
         return True
 
     def sent(self, tensors: Mapping[str, Tensor], round: int) -> State:
-        """Return those tensors of an update that the client sends."""
+        """Return the tensors of an update that the client sends in a round."""
         stays = "lora_B" if self.name == "FedSA-LoRA" else "nothing"
         return {
             name: t
@@ -133,5 +134,5 @@ class Peer:
 
 
 def in_model(name: str) -> str:
-    """Return the name in the model of a parameter of the state."""
+    """Return the name that a parameter of the state has in the model."""
     return re.sub(r"(lora_[AB])\.weight$", r"\1.default.weight", name.removeprefix(PREFIX))

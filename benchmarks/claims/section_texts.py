@@ -78,7 +78,8 @@ class Material:
 
 @functools.cache
 def load(quick: bool) -> Material:
-    """Load the pretrained encoder and Debian's texts; with ``quick``, a tiny one and noise."""
+    """Load the pretrained encoder and Debian's texts; with ``quick``, a tiny encoder and random
+    tokens."""
     if quick:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
@@ -136,12 +137,13 @@ def make_world(seed: int, sizes: Sizes, quick: bool = False) -> World:
 def shares_without(world: World, clients: Sequence[int], absent: int, each: int) -> list[Any]:
     """Return the indices of each client's texts, of which some clients lack some sections.
 
-    The sections are drawn by the world's seed. Clients have about equally many texts; the others
-    keep at least 15 % of the texts of the sections that all clients have.
+    The sections are drawn by the world's seed. All clients have about equally many texts; the
+    clients that are not in ``clients`` keep at least 15 % of the texts of the sections that all
+    clients have.
 
     Args:
         clients: Clients without the absent sections.
-        absent: Number of sections that they lack.
+        absent: Number of sections that these clients lack.
         each: Number of sections of every client.
     """
     labels, g = world.training[1].numpy(), np.random.default_rng([world.seed, 1])

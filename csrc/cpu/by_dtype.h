@@ -23,7 +23,7 @@ LX_INLINE void with_dtype(DType dtype, F&& f) {
     }
 }
 
-// Return the dtype by which a table's functions are selected, for the arguments of any family.
+// Return the dtype field of the arguments of an op. by_dtype selects a function by this dtype.
 template <typename Args>
 LX_INLINE DType dtype_of(const Args& args) {
     if constexpr (requires { args.lora.dtype; })
@@ -34,7 +34,7 @@ LX_INLINE DType dtype_of(const Args& args) {
         return args.dtype;
 }
 
-// Calls the instance of a template that dtype_of(args) selects.
+// Calls the one of the four functions that belongs to dtype_of(args).
 template <auto kFloat, auto kHalf, auto kBFloat, auto kDouble, typename Args, typename... Rest>
 void by_dtype(const Args& args, Rest... rest) {
     switch (dtype_of(args)) {
@@ -49,7 +49,8 @@ void by_dtype(const Args& args, Rest... rest) {
     }
 }
 
-// Entry of a table. The table is exported, so a lambda in it would become an exported symbol.
+// Entry of a table of CPU twins: f for all four types. It is not a lambda, because a lambda in an
+// exported table would become an exported symbol.
 #define LX_BY_DTYPE(f) by_dtype<f<float>, f<Half>, f<BFloat>, f<double>>
 
 }  // namespace

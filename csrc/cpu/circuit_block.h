@@ -1,5 +1,5 @@
-// A node of a circuit on a block of lanes: products, sums, and their backward; formulas in
-// circuit_layers.h. Compiled per instruction set like sum_rows.h.
+// Forward and backward of one node of a circuit (products, then sums of them) on a block of lanes.
+// lora_ext/circuit_layers.h has the formulas. Compiled per instruction set like sum_rows.h.
 //
 // Vectors run along the lanes, one row of data per lane, so that the maxima, exponentials and
 // logarithms of a row do not involve other rows. A matrix product broadcasts each weight to all
@@ -13,8 +13,8 @@
 namespace lora_ext::LX_ISA {
 namespace {
 
-// kTileRows[n - 1]: rows of a tile of n = 1, 2 or 4 vectors. Its sums occupy up to 24 of 32
-// registers, or 12 of 16.
+// kTileRows[n - 1]: rows of a tile that is n = 1, 2 or 4 vectors wide. The sums of a tile occupy at
+// most 24 of the 32 registers of AVX-512, or 12 of 16.
 constexpr int kMostVecs = 4;
 #if defined(__AVX512F__)
 constexpr int kTileRows[] = {12, 12, 0, 6};
@@ -22,7 +22,8 @@ constexpr int kTileRows[] = {12, 12, 0, 6};
 constexpr int kTileRows[] = {8, 6, 0, 3};
 #endif
 
-// Calls f(Int<vectors>, first lane) for blocks that cover the lanes of groups [begin, end).
+// Splits the lanes of groups [begin, end) into blocks of 4, 2 or 1 vectors, and calls
+// f(Int<vectors>, first lane) for each block.
 template <typename A, typename F>
 LX_INLINE void for_blocks(int64_t begin, int64_t end, F&& f) {
     constexpr int L = kLanes<A>;
@@ -63,8 +64,8 @@ LX_INLINE void max_tile(const A* b, int64_t depth, S&& s, Vec<A> (&acc)[kRows][k
         }
 }
 
-// c[m] (kVecs vectors, rows `c_row` apart) = sum over k of a[m am + k ak] b[k], ascending; added to
-// c if `add`. kMax: the maximum of a[m am + k ak] + b[k] instead.
+// Row m of c (kVecs vectors, stride c_row) = sum over k of a[m am + k ak] b[k], k ascending. If
+// `add`, the sum is added to c. If kMax, it is the maximum over k of a[m am + k ak] + b[k] instead.
 template <typename A, int kVecs, bool kMax = false>
 LX_INLINE void multiply(const A* a, int64_t am, int64_t ak, int64_t rows, int64_t depth, const A* b,
                         A* c, int64_t c_row, bool add) {
@@ -116,7 +117,8 @@ struct Block {
         for (int v = 0; v < kVecs; ++v) f(v, v * L);
     }
 
-    // Computes the log-values of the products, kWidth lanes each, and their maximum.
+    // Writes the log-values of the products to l, kWidth lanes each, and their maximum per lane to
+    // tops.
     void terms(const LayersNode& node, A* l, V (&tops)[kVecs]) const {
         for (int v = 0; v < kVecs; ++v) tops[v] = broadcast<A>(-kInfinity<A>);
         for (int64_t p = node.part_begin; p < node.part_end; ++p) {
@@ -153,7 +155,7 @@ struct Block {
             }
         }
     }
-    // Computes exp(term - maximum), between 0 and 1.
+    // Like terms(), but writes exp(term - maximum), a number between 0 and 1, to p.
     void scaled_terms(const LayersNode& node, A* p, V (&tops)[kVecs]) const {
         terms(node, p, tops);
         V base[kVecs];
@@ -240,8 +242,8 @@ struct Block {
             rescue(m, o, p, tops, s, out);
         }
     }
-    // Recomputes log sum W_i exp(l_i) for lanes in which s is too small, with the terms shifted by
-    // their maximum.
+    // Recomputes log sum_i W_i exp(l_i) of sum o in the lanes in which s is below kTiny, with the
+    // terms shifted by their own maximum.
     void rescue(const LayersMatrix& m, int64_t o, const A* l, const V (&tops)[kVecs],
                 const V (&s)[kVecs], A* out) const {
         const A* w = weights_of(m, o);
@@ -262,7 +264,8 @@ struct Block {
         const A top = row_max(w, n);
         return top == -kInfinity<A> ? A(0) : top;
     }
-    // Distributes the complete flow dl of the node to its children; stores `ratio` for dweights.
+    // Distributes the flow of the node, which must be complete, to its children. Stores `ratio`,
+    // which dweights reads.
     void backward(const LayersNode& node, A* p, A* d, A* ratio) const {
         if (node.matrix < 0) {
             for (int64_t o = 0; o < node.units; ++o)
@@ -299,7 +302,8 @@ struct Block {
         }
         add_to_children(node, d);
     }
-    // d[i] += g times the share of term i in sum o, for lanes in which the sum was rescued.
+    // d[i] += flow of sum o times the share of term i in it, in the lanes whose sum rescue()
+    // computed.
     void add_shares(const LayersNode& node, const LayersMatrix& m, int64_t o, const A* l,
                     const V (&tops)[kVecs], A* d) const {
         const A* w = weights_of(m, o);

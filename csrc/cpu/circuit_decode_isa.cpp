@@ -11,7 +11,8 @@
 namespace lora_ext::LX_ISA {
 namespace {
 
-// Scratch of one row of the batch, allocated in whole cache lines, so that whole vectors fit.
+// Allocates the scratch arrays of one row of the batch. Each array occupies whole cache lines, so
+// that its last vector can be loaded and stored as a whole.
 struct Scratch {
     char* next;
     static int64_t bytes(int64_t size) { return (size + 63) / 64 * 64; }
@@ -50,8 +51,8 @@ int64_t argmax_of(const T* row, int64_t n) {
 // ------------------------------------------------------------------------------------------------
 // The leaves of one position, C rows of V logits of any dtype.
 
-// log p = logit - top - log_sum loses no digits of large logits. If log_sum is -inf, no token is
-// possible.
+// Normalisers of the C rows of logits. log p = logit - top - log_sum loses no digits of large
+// logits. If log_sum is -inf, no token of the row is possible.
 template <typename A>
 struct Norms {
     A *top, *log_sum;
@@ -225,8 +226,8 @@ int64_t sample_scratch(const CircuitLogits& l) {
 }
 
 // ------------------------------------------------------------------------------------------------
-// Max-product. The upward pass computes the best value below a latent and the choice of each
-// transition; the downward pass reads the choices.
+// Max-product. The upward pass computes the best value below each state of a latent, and the best
+// state of a latent for each state of its parent. The downward pass reads these choices.
 
 // Writes log softmax(logits) + below to `out` and returns the first index of the maximum.
 template <typename P>

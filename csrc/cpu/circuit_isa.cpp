@@ -17,8 +17,8 @@
 // whole vector that contains this state; the exponent is then at most 0. The same holds for Y, row
 // by row.
 //
-// One thread computes each row of the batch, and each row of V logits, in a fixed order. The result
-// therefore depends neither on the number of threads nor on the rest of the batch.
+// Each row of the batch, and each row of V logits, is computed by a single thread in a fixed order.
+// The result therefore depends neither on the number of threads nor on the rest of the batch.
 #include "by_dtype.h"
 #include "circuit_walk.h"
 
@@ -28,7 +28,7 @@ namespace {
 // ------------------------------------------------------------------------------------------------
 // Leaves
 
-constexpr int64_t kLeafBytes = 16384;  // size of logits that L1 holds for a second read
+constexpr int64_t kLeafBytes = 16384;  // bytes of logits that stay in L1 for a second read
 
 template <typename T>
 LX_INLINE Acc<T> max_of_logits(const T* x, int64_t n) {
@@ -43,7 +43,7 @@ LX_INLINE Acc<T> max_of_logits(const T* x, int64_t n) {
     return max_lane(max(most, other));
 }
 // Return the sum of exp(x - top), where top is the maximum of x. If top is -inf, return 0, or NaN
-// if x contains NaN, which the maximum skips. Prefetches the logits of the next maximum.
+// if x contains NaN, which the maximum skips. Prefetches the logits that max_of_logits reads next.
 template <typename T>
 LX_INLINE Acc<T> sum_exp_of_logits(const T* x, int64_t n, Acc<T> top) {
     constexpr int L = kLanes<T>;
@@ -65,8 +65,9 @@ LX_INLINE Acc<T> sum_exp_of_logits(const T* x, int64_t n, Acc<T> top) {
     return lane_sum(even + odd);
 }
 
-// Computes log sum exp of `rows` rows of n logits, as maxima and sums. Short rows run in groups,
-// maxima first, so that the chains of operations overlap; long rows run block by block.
+// Writes the maximum `top` of each of `rows` rows of n logits (0 if all are -inf), and the sum of
+// exp(x - top). Short rows are processed in groups, all maxima before all sums, so that the chains
+// of operations of several rows overlap. A long row is processed block by block.
 template <typename T>
 void log_sums(const T* x, int64_t rows, int64_t n, Acc<T>* top, Acc<T>* sum) {
     using A = Acc<T>;
@@ -249,9 +250,9 @@ struct Reverse {
         return of ? static_cast<const A*>(of)[b * c.n_token + k] : A(0);
     }
 
-    // Computes the gradients at position k, given cur in x: writes the gradient of cur to
-    // `gradient`, and the gradient of cur + e_k to de_k. Adds dup to de_k if given, because e_k is
-    // also a term of up. x becomes cur + e_k.
+    // Backward of position k. On entry x is cur, and `gradient` is the gradient of cur + e_k from
+    // the positions to the right; on return x is cur + e_k, and `gradient` is the gradient of cur.
+    // Writes de_k, which includes dup if given, because e_k is also a term of up.
     void position(int64_t k, A* x, A* gradient, const A* dup) {
         A* const before = ratio;
         const A weight = exp_of(x, shift_of(max_of(x, width)), width, before);
@@ -273,7 +274,8 @@ struct Reverse {
         add_to(x, terms, width);
     }
 
-    // Loads up and u of matrix m. Computes the exponentials of both minus the maximum of up.
+    // Loads up and u of matrix m, and computes exp(up - top) and exp(u - top), where top is the
+    // maximum of up.
     void load_projection(int64_t m) const {
         load_state(3 * m + 1, up);
         load_state(3 * m + 2, u);
@@ -296,7 +298,7 @@ struct Reverse {
         return exp(load_padded(a + i, n - i) - y.top + load(up + i) - y.minus) * y.exact;
     }
 
-    // dup = the sum of Y over its rows; requires load_projection.
+    // Writes the sum of Y over its rows to dup. load_projection(m) must have been called.
     void project(int64_t m, const A* du, A* dup) const {
         clear(dup);
         for (int64_t z = 0; z < n; ++z) {
@@ -307,8 +309,9 @@ struct Reverse {
         }
     }
 
-    // Backward of a step: dcur += the sums of X over its columns; also writes the gradient of the
-    // logits of matrix m. du is the gradient of the loaded projection, or nullptr.
+    // Backward of a step: adds the sums of X over its columns to dcur and, if wanted, writes the
+    // gradient of the logits of matrix m. du is the gradient of the projection that load_projection
+    // loaded, or nullptr.
     void trace(int64_t m, const A* from, const A* dout, const A* du, A* dcur) const {
         const A shift = shift_of(max_of(from, width));
         exp_of(from, shift, width, step.weights);
@@ -413,7 +416,8 @@ struct Reverse {
         const CircuitNode root{0, c.n_token, -1};
         const auto dup_at = [&](int64_t l) { return levels + 2 * l * width; };
         const auto dcur_at = [&](int64_t l) { return levels + (2 * l + 1) * width; };
-        // Loads the gradient of a child's u, which is a sum, because u is added to both up and cur.
+        // Loads the gradient of a child's u into d. It is a sum, because u is added to both up and
+        // cur.
         const auto load_du = [&](int64_t l) {
             for (int64_t i = 0; i < width; i += L)
                 store(d + i, load(dup_at(l) + i) + load(dcur_at(l) + i));

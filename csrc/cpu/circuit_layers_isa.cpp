@@ -1,6 +1,7 @@
 // Whole circuits on the CPU, compiled once per instruction set; formulas in circuit_layers.h.
 //
-// A thread runs the whole program for a block of lanes, so that their terms stay in its cache.
+// A thread runs the whole program for a block of lanes, so that the terms of these lanes stay in
+// the thread's cache.
 #include "lora_ext/circuit_layers.h"
 
 #include "circuit_block.h"
@@ -95,7 +96,8 @@ void backward(const LayersArgs& args, int64_t begin, int64_t end, void* scratch)
 // ------------------------------------------------------------------------------------------------
 // Flows of weights: sums over the lanes, block by block, with vectors along the terms
 
-// Calls f(first column, Int<vectors>) for panels of n columns; the last one may extend beyond n.
+// Splits n columns into panels of 4, 2 or 1 vectors, and calls f(first column, Int<vectors>) for
+// each. The last panel may extend beyond n.
 template <typename A, typename F>
 LX_INLINE void for_panels(int64_t n, F&& f) {
     constexpr int L = kLanes<A>;
@@ -183,7 +185,8 @@ struct Flows {
                 add_rescued(args.program.nodes()[args.program.users()[u]], r, dw);
         }
     }
-    // A sum was rescued if its ratio is zero although its flow is nonzero and its value finite.
+    // Adds the flows of row r in the lanes whose sum rescue() computed. There ratio is zero,
+    // although the flow is nonzero and the value is finite.
     void add_rescued(const LayersNode& node, int64_t r, A* dw) const {
         constexpr int L = kLanes<A>;
         const int64_t at = (node.out + r) * args.lanes;

@@ -148,7 +148,8 @@ void scale_dvalues(const LogSumArgs& args, int64_t item) {
 
 constexpr int64_t kDepth = 128;  // rows of a strip of b copied at a time, to stay in L1
 
-// Computes kVecs vectors of columns of multiply_across; the last vector has `count` lanes.
+// Computes kVecs vectors of columns of the product in multiply_across; the last vector has `count`
+// lanes.
 template <int kVecs, typename A, typename S>
 LX_INLINE void multiply_strip(int64_t rows, int64_t depth, S&& s, const A* b, int64_t columns,
                               int64_t count, A* out) {
@@ -211,7 +212,8 @@ void dvalues(const LogSumArgs& args, int64_t begin, int64_t end) {
     }
 }
 
-// Converts dlog W of one row to dw; the softmax of logits is scaled * factor.
+// Converts dlog W of one row to dw. For logits, scaled * factor is softmax(w) times the sum of
+// dout.
 template <typename T>
 LX_INLINE void store_dw(T* dw, const T* w, WeightNorm norm, int64_t n, const Acc<T>* flow,
                         const Acc<T>* scaled, Acc<T> factor) {

@@ -1,10 +1,11 @@
 // Tables of leaves with finite distributions on the CPU, compiled once per instruction set;
 // formulas in circuit_layers.h.
 //
-// Forward, float with AVX-512: up to 64 values of a unit are held in four registers, and two
-// permutations look up 16 rows of data. Otherwise, one number is read at a time. Backward: vectors
-// run along the units of a block, so that one addition per row of data updates a vector of units.
-// The sums are transposed when they are added to the table.
+// Forward, float with AVX-512: the table row of a unit, if it has up to 64 values, is held in four
+// registers, and two permutations look up the values of 16 rows of data. Otherwise, one value is
+// looked up at a time. Backward: vectors run along the units of a block, so that one addition per
+// row of data updates a vector of units. The sums are transposed when they are added to the table's
+// gradient.
 #include "lora_ext/circuit_layers.h"
 
 #include "sum_rows.h"
@@ -86,12 +87,12 @@ void forward(const CircuitTableArgs& args, int64_t begin, int64_t end) {
 
 // ------------------------------------------------------------------------------------------------
 
-// Flows of `count` units of a block, summed in one row per value with one lane per unit.
+// Sums of the flows of `count` units of a block: one row per value, one lane per unit.
 template <typename A>
 struct TableFlows {
     static constexpr int L = kLanes<A>;
     const CircuitTableArgs& args;
-    int64_t j, count, padded;  // padded: number of values in whole vectors
+    int64_t j, count, padded;  // padded: number of values, rounded up to whole vectors
     A* sums;                   // (padded, L)
 
     void add(int64_t m) const {

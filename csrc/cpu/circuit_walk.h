@@ -90,10 +90,10 @@ LX_INLINE void add_to(A* x, const A* y, int64_t width) {
     for (int64_t i = 0; i < width; i += kLanes<A>) store(x + i, load(x + i) + load(y + i));
 }
 
-// Softmax of a row of logits a: writes exp(a - top) to `out`, padded with zeros; keeps top, sum.
+// Softmax of a row of logits a: writes exp(a - top) to `out`, padded with zeros; stores top, sum.
 template <typename P>
 struct SoftmaxRow {
-    Acc<P> top, sum;  // sum is 0 if nothing is possible
+    Acc<P> top, sum;  // sum is 0 if all logits are -inf
 
     LX_INLINE SoftmaxRow(const P* a, int64_t n, Acc<P>* out) {
         constexpr int L = kLanes<P>;

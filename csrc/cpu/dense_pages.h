@@ -1,5 +1,5 @@
-// Transposes blocks of eight ranks x one vector of outputs in registers, if B is dense. Compiled
-// per instruction set like vec.h.
+// Transposes blocks of eight ranks x one vector of outputs in registers, for pages of B whose rows
+// are adjacent in memory. Compiled per instruction set like vec.h.
 #pragma once
 
 #include "transpose.h"
@@ -8,8 +8,8 @@ namespace lora_ext::LX_ISA {
 namespace {
 
 // True for types with load_quick, a variant of load_transposed for adjacent outputs. load_quick
-// permutes the outputs, and in_order() restores their order. It loads whole vectors, and most
-// shuffles stay within 128 bits. It needs fewer shuffles than joining two blocks of eight outputs.
+// loads whole vectors and needs fewer shuffles than joining two blocks of eight outputs; most of
+// its shuffles stay within 128 bits. It permutes the outputs, and in_order() restores their order.
 template <typename T>
 constexpr bool kQuick = false;
 #if LX_VEC_BYTES == 64

@@ -1,4 +1,4 @@
-// Draw in proportion to weights, shared by all ops that sample.
+// Draws an index with a probability proportional to its weight. Shared by all ops that sample.
 #pragma once
 
 #include "vec.h"

@@ -59,8 +59,8 @@ struct SideA {
     }
 };
 
-// Ranks of a tile from b or p (O, r), where each rank is a column along the long axis; they are
-// transposed.
+// Ranks of a tile from b or p (O, r), where each rank is a column along the long axis. The columns
+// are transposed to rows.
 template <typename T, typename S>
 struct SideB {
     const T* data;

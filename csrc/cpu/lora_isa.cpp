@@ -15,6 +15,7 @@
 // products in registers; expand transposes a block of B to the stack and holds kTileRows rows x 2
 // vectors of y. Ranks above kRankSpan are large GEMMs of packed blocks (lora_product.h).
 #include "dense_pages.h"
+#include "float8.h"
 #include "lora_product.h"
 #include "tiles.h"
 
@@ -27,9 +28,10 @@ constexpr int kDotBlock = 1024;    // in-features; 4 ranks of float are half of 
 constexpr int kDirectRows = 3;     // expand: maximum rows for which B is transposed in registers
 constexpr int kWideTileRank = 16;  // expand: largest rank that reads several vectors of pages
 constexpr int kPackColumns = 128;
-constexpr int kPackSize = 8192;      // elements of the transposed block of B
-constexpr int kVSize = 8192;         // elements of v in apply
-constexpr int64_t kOutBlock = 1024;  // outputs per item of expand
+constexpr int kPackSize = 8192;       // elements of the transposed block of B
+constexpr int kVSize = 8192;          // elements of v in apply
+constexpr int64_t kOutBlock = 1024;   // outputs per item of expand
+constexpr int64_t kWideSize = 16384;  // elements of a widened block of B
 // Prefetch distances: bytes of pages of B, rows of B, and vectors of y.
 constexpr int64_t kAheadB = 2048, kAheadRows = 64, kAheadY = 16;
 
@@ -65,20 +67,24 @@ template <typename T>
 void shrink_group(const Slot<T>& slot, const Rows<const T>& x, int64_t rows, int64_t rank_begin,
                   int64_t rank_end, const Rows<Acc<T>>& v) {
     Vec<T> waiting[kGroupRows * kGroupRanks];
+    alignas(64) T wide[kDotRanks * kDotBlock];
     for (int64_t k = 0; k < slot.in; k += kDotBlock) {
         const int64_t k_end = min(k + kDotBlock, slot.in);
         Vec<T>* saved = waiting;
         for (int64_t r = rank_begin; r < rank_end; r += kDotRanks)
             with_constant<kDotRanks>(min(rank_end - r, kDotRanks), [&](auto ranks) {
+                const T* a = slot.float8 ? wide : slot.a_at(r) + k;
+                const int64_t a_row = slot.float8 ? kDotBlock : slot.a_row;
+                for (int j = 0; slot.float8 && j < ranks.value; ++j)
+                    widen_float8(slot.a8_at(r + j) + k, k_end - k, wide + j * kDotBlock);
                 for (int64_t row = 0, tiles = blocks_of(rows, kDotRows), n; row < rows; row += n) {
                     n = blocks_of(rows - row, tiles--);
                     with_constant<kDotRows>(n, [&](auto count) {
                         const T* xs[count.value];
-                        for (int i = 0; i < count.value; ++i) xs[i] = x[row + i];
+                        for (int i = 0; i < count.value; ++i) xs[i] = x[row + i] + k;
                         Vec<T> acc[count.value][ranks.value] = {};
                         if (k > 0) __builtin_memcpy(acc, saved, sizeof(acc));
-                        dot_tile<T, count.value, ranks.value>(xs, slot.a_at(r), slot.a_row, k,
-                                                              k_end, acc);
+                        dot_tile<T, count.value, ranks.value>(xs, a, a_row, 0, k_end - k, acc);
                         if (k_end < slot.in)
                             __builtin_memcpy(saved, acc, sizeof(acc));
                         else
@@ -90,7 +96,7 @@ void shrink_group(const Slot<T>& slot, const Rows<const T>& x, int64_t rows, int
     }
 }
 
-// Computes one span of the ranks.
+// Computes v of `rows` rows for one span of the ranks.
 template <typename T>
 void shrink_rows(const Slot<T>& slot, int64_t span, const Rows<const T>& x, int64_t rows,
                  const Rows<Acc<T>>& v) {
@@ -98,7 +104,7 @@ void shrink_rows(const Slot<T>& slot, int64_t span, const Rows<const T>& x, int6
         return project<T>(x, rows, slot.in, nullptr, span_of(slot, span), slot.scale, v,
                           [&](auto... block) { pack_a<T>(slot, block...); });
     if (span > 0) return;
-    if (rows <= kDotRows)
+    if (rows <= kDotRows && !slot.float8)
         return with_constant<kDotRows>(rows, [&](auto n) { shrink_few<T, n.value>(slot, x, v); });
     for (int64_t row = 0; row < rows; row += kGroupRows)
         for (int64_t r = 0; r < slot.rank; r += kGroupRanks)
@@ -121,11 +127,12 @@ LX_INLINE void add_to(T* y, Vec<T> delta, int64_t n) {
 // lanes of one vector.
 enum class Outputs { kDense, kWhole, kPart };
 
-// If a bank has room for larger ranks, the rows of B of an adapter have gaps, which must not be
-// read; rows may also span many lines. The first page in each cache line of a row prefetches that
-// line of later rows: of the next tile to L1, and far ahead to L2, which allows more outstanding
-// lines. Measured on Zen 4 with rows of 64 ranks: with prefetches to L1 only, ranks 32 and 64 take
-// twice as long; with prefetches to L2 only, or to L1 and L2 in turn, some lines are not fetched.
+// If a bank has memory for larger ranks than the adapter's, the rows of the adapter's B have gaps,
+// which must not be read; rows may also span many lines. The first page in each cache line of a row
+// prefetches that line of later rows: of the next tile to L1, and far ahead to L2, which allows
+// more outstanding lines. Measured on Zen 4 with rows of 64 ranks: with prefetches to L1 only,
+// ranks 32 and 64 take twice as long; with prefetches to L2 only, or to L1 and L2 in turn, some
+// lines are not fetched.
 template <int kCount, typename T>
 LX_INLINE void prefetch_rows(const T* b, int64_t row, bool one_line) {
     if (one_line)
@@ -266,8 +273,33 @@ void expand_spans(const Slot<T>& slot, const Rows<Acc<T>>& v, const Rows<T>& y, 
 
 template <typename T>
 void expand_rows(const Slot<T>& slot, const Rows<Acc<T>>& v, const Rows<T>& y, int64_t rows,
+                 int64_t o, int64_t o_end);
+
+// Widens a block of B, of all ranks, at a time; sums have the same order as with pages of T.
+template <typename T>
+void expand_float8(const Slot<T>& slot, const Rows<Acc<T>>& v, const Rows<T>& y, int64_t rows,
+                   int64_t o, int64_t o_end) {
+    alignas(64) T wide[kWideSize];
+    const int64_t pages = blocks_of(slot.rank, 8), block = kWideSize / (8 * pages) / 64 * 64;
+    Slot<T> of_block = slot;
+    of_block.b = wide;
+    of_block.table = nullptr;
+    of_block.b_row = 8;
+    of_block.float8 = false;
+    for (; o < o_end; o += block) {
+        const int64_t n = min(block, o_end - o);
+        of_block.b_page_stride = 8 * n;
+        for (int64_t p = 0; p < pages; ++p)
+            widen_float8(slot.b8_page(p) + 8 * o, 8 * n, wide + 8 * n * p);
+        expand_rows<T>(of_block, v, {y.base + o, y.stride, y.index}, rows, 0, n);
+    }
+}
+
+template <typename T>
+void expand_rows(const Slot<T>& slot, const Rows<Acc<T>>& v, const Rows<T>& y, int64_t rows,
                  int64_t o, int64_t o_end) {
     if (slot.rank == 0) return;
+    if (slot.float8) return expand_float8<T>(slot, v, y, rows, o, o_end);
     if (rows > kDirectRows)
         return slot.rank > kRankSpan ? expand_spans<T>(slot, v, y, rows, o, o_end)
                                      : expand_packed<T>(slot, v, y, rows, o, o_end);
@@ -282,8 +314,8 @@ void expand_rows(const Slot<T>& slot, const Rows<Acc<T>>& v, const Rows<T>& y, i
 }
 
 // ------------------------------------------------------------------------------------------------
-// Table of functions. Chunks of one slot are merged, so that their rows share a transposed block of
-// B.
+// Functions of lora_table. for_chunks merges adjacent chunks of one slot, so that their rows share
+// a transposed block of B.
 template <typename T>
 Rows<T> y_rows(const LoraArgs& args, const Chunk& chunk) {
     return {static_cast<T*>(args.y), args.y_row_stride, chunk.rows};

@@ -60,8 +60,8 @@ LX_INLINE void multiply_add(const Acc<T>* left, int64_t left_row, int64_t left_s
     }
 }
 
-// Calls add(row, column, sum) for tiles of rows x columns, with the sums from acc, which are stored
-// afterwards.
+// For each tile of rows x columns: loads its sums from acc, calls add(row, column, sum), which
+// updates them, and stores them.
 template <typename T, typename F>
 LX_INLINE void add_tiles(Acc<T>* acc, int64_t acc_row, int64_t rows, int64_t columns, F&& add) {
     for_tiles<T>(rows, columns, [&](auto count, auto vecs, int64_t row, int64_t c) {

@@ -22,7 +22,7 @@ struct Slot {
     const int32_t* table;
     int64_t a_page_stride, b_page_stride, a_row, b_row, in, out;
     int32_t rank;
-    bool full_pages;
+    bool full_pages, float8;
     Acc<T> scale;
 
     // scaled: true if the scale multiplies the sums, false if a later step multiplies by it.
@@ -40,6 +40,7 @@ struct Slot {
           // whose ranks csrc/ops does not check.
           rank(bank.ranks ? clamp_rank(bank.ranks[slot], bank.max_rank) : bank.max_rank),
           full_pages(bank.full_pages),
+          float8(bank.float8),
           scale(scaled && bank.scale ? bank.scale[slot] : 1) {
         if (table) {
             table += int64_t{slot} * bank.pages_per_slot;
@@ -51,6 +52,13 @@ struct Slot {
     int64_t page(int64_t p) const { return table ? table[p] : p; }
     const T* a_at(int64_t r) const { return a + page(r / 8) * a_page_stride + r % 8 * a_row; }
     const T* b_page(int64_t p) const { return b + page(p) * b_page_stride; }
+    // Addresses of the same entries if `float8`; strides then count bytes.
+    const uint8_t* a8_at(int64_t r) const {
+        return reinterpret_cast<const uint8_t*>(a) + page(r / 8) * a_page_stride + r % 8 * a_row;
+    }
+    const uint8_t* b8_page(int64_t p) const {
+        return reinterpret_cast<const uint8_t*>(b) + page(p) * b_page_stride;
+    }
 };
 
 struct Chunk {
@@ -101,11 +109,11 @@ Rows<Acc<T>> v_rows(const LoraArgs& args, const Chunk& chunk) {
     return {static_cast<Acc<T>*>(args.v), args.v_row_stride, chunk.rows};
 }
 
-// Factors of v of the rows and pages of one adapter (lora.h: has_factors).
+// Factors that v of one adapter is multiplied by, per row and per page (lora.h: has_factors).
 template <typename T>
 struct Factors {
-    const float* scale;      // of the pages of the slot
-    const int32_t* groups;   // likewise
+    const float* scale;      // scale of each page of the slot
+    const int32_t* groups;   // group of each page of the slot
     Rows<const float> rows;  // weights
     int64_t scale_step;
 

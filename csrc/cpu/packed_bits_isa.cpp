@@ -68,7 +68,7 @@ LX_INLINE Vec<float> code_of(Word w, int f) {
 
 // Prefetches of a tile: one or two lines per step, in each panel.
 struct Fetch {
-    int64_t first, stride;  // distance of the first line from the tile's first step; per step
+    int64_t first, stride;  // bytes from the tile's first step to the first line; bytes per step
     bool both;              // whether to prefetch two lines per step
 };
 
@@ -80,7 +80,8 @@ LX_INLINE void fetch_step(const uint8_t* const* fetch, const Fetch& how, int64_t
     }
 }
 
-// sum (rows x vectors) = the products of a group's codes with the inputs x, in ascending order.
+// sum (rows x vectors) = the sums of the products of a group's codes with the inputs x, added in
+// ascending order of the in-features.
 template <int kBits, int kCount, int kPanels>
 LX_INLINE void add_group(const uint8_t* const* w, const uint8_t* const* fetch, const Fetch& how,
                          const float* x, int64_t x_stride, int64_t group,
@@ -258,7 +259,7 @@ LX_INLINE void end_totals(const PackedBitsArgs& args, int64_t o, int64_t row, in
 
 template <typename T, int kBits, bool kCodes>
 void multiply(const PackedBitsArgs& args, int64_t begin, int64_t end) {
-    constexpr int64_t kColumns = kVectors * kF;  // of a tile
+    constexpr int64_t kColumns = kVectors * kF;  // columns of a tile
     const int64_t groups = args.in_features / args.group, block = block_bytes(args);
     alignas(64) float totals[kRows * kPanel];
     for (int64_t p = begin, panels; p < end; p += panels) {
@@ -404,8 +405,9 @@ void quantise(const PackedBitsArgs& args, const T* w, uint8_t* block, int64_t c)
     const float peak = -low > high ? low : high;
     float base = 0, scale = kBits == 8 ? magnitude(peak) / 127 : peak / -8 + 0.0f;
     if (kBits == 4 && !args.minimum) {
-        // Multiples of the largest magnitude / 7, as in a ternary weight, keep that scale. Its
-        // rounding to float16 moves them by at most 7 x 2^-11 of a step.
+        // If all values are multiples of a seventh of the largest magnitude, as in a ternary
+        // weight, this seventh is the scale. Rounding it to float16 moves the values by at most
+        // 7 x 2^-11 of a step.
         const uint16_t bits = float_to_half(magnitude(peak) / 7);
         __builtin_memcpy(scales, &bits, 2);
         const float seventh = half_to_float(scales);
@@ -425,7 +427,8 @@ void quantise(const PackedBitsArgs& args, const T* w, uint8_t* block, int64_t c)
     }
     uint16_t bits = float_to_half(scale);
     __builtin_memcpy(scales, &bits, 2);
-    // A small scale (float16 has few bits there) is rounded up if the largest code would be cut.
+    // A small scale (float16 has few bits there) is rounded up if the largest code would be
+    // clipped.
     const int first = args.minimum ? 0 : kBits == 8 ? -127 : -8;
     const int last = args.minimum ? 15 : kBits == 8 ? 127 : 7;
     const float most = args.minimum ? 15 : kBits == 8 ? 127 : 8;  // magnitude of a code

@@ -165,12 +165,13 @@ void multiply(const PackedLinearArgs& args, int64_t begin, int64_t end) {
 // panel, 4 to 7 sums of rows x 16 outputs.
 struct alignas(64) TileConfig {
     uint8_t palette = 1, start = 0, reserved[14] = {};
-    uint16_t bytes[16] = {};  // of a row
+    uint16_t bytes[16] = {};  // bytes per row of each tile
     uint8_t rows[16] = {};
 };
 constexpr int64_t kTileSteps = 16, kTileRow = 64;  // kTileRow in bytes
 
-// Add the products of 16 steps of a panel, at w, with 32 in-features of each row, at x.
+// Adds the products of 16 steps of a panel, at w, with 32 in-features of each row, at x, to the
+// sums in tile registers 4 to 7.
 template <bool kTwo>
 LX_INLINE void add_tiles(const char* w, const BFloat* x, int64_t x_stride) {
     _tile_loadd(2, w, kStepBytes);
@@ -185,7 +186,7 @@ LX_INLINE void add_tiles(const char* w, const BFloat* x, int64_t x_stride) {
     }
 }
 
-// The products of at most 32 rows, from `row` on, with the panels [begin, end).
+// Multiplies at most 32 rows, from `row` on, by the panels [begin, end).
 template <bool kTwo>
 void multiply_tiles(const PackedLinearArgs& args, int64_t row, int64_t rows, int64_t begin,
                     int64_t end) {

@@ -31,7 +31,8 @@ LX_INLINE V expm1_of_negative(V u) {
 }
 
 // Return the probability that a standard normal variable is below -t, t >= 0: exp(-t^2 / 2) s P(s)
-// with s = 1 / (1 + 0.35 t). P interpolates it at Chebyshev nodes for t up to 14.5, to 4e-8.
+// with s = 1 / (1 + 0.35 t). The polynomial P is interpolated at Chebyshev nodes for t up to 14.5,
+// and accurate to 4e-8.
 LX_INLINE V normal_tail(V t) {
     constexpr float kTail[] = {0x1.1df06p-3f,   0x1.1e8b68p-3f,  0x1.e92a4ap-4f,
                                0x1.b72474p-4f,  -0x1.bfa466p-6f, 0x1.52f6fep-3f,

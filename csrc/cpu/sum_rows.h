@@ -84,7 +84,7 @@ struct WeightRow {
     const T* w;
     WeightNorm norm;
     A base;    // largest entry; for a row without possible terms a value that scales it to 0
-    A lifted;  // for norm kProbs the logarithm of base, else base
+    A lifted;  // log(base) for norm kProbs, else base
 
     LX_INLINE WeightRow(const T* w, int64_t n, WeightNorm norm) : w(w), norm(norm) {
         const A top = row_max(w, n);

@@ -78,7 +78,7 @@ struct VecOf {
 template <typename E, int kCount>
 using VecN = typename VecOf<E, kCount>::type;
 
-// Vector of the type in which T is computed: float lanes, or double lanes for double.
+// Lanes and vector of the type in which T is computed: float, or double for double.
 template <typename T>
 constexpr int kLanes = LX_VEC_BYTES / sizeof(Acc<T>);
 template <typename T>
@@ -145,7 +145,8 @@ LX_INLINE V fma(V a, V b, V c) {
 }
 
 // Products of bfloat16 pairs added to float lanes, if the hardware has them: lane l gains a[2l]
-// b[2l] + a[2l+1] b[2l+1], twice the work per instruction of widening. Subnormals count as zero.
+// b[2l] + a[2l+1] b[2l+1]. An instruction does twice as much work as with widened numbers.
+// Subnormals count as zero.
 #if defined(__AVX512BF16__)
 template <typename T>
 constexpr bool kPairs = false;

@@ -52,7 +52,8 @@ LX_INLINE V or_impossible(V v, int64_t count) {
                : splat<V>(kImpossible<E>);
 }
 
-// Sums add_terms(index, count, parts) over n columns, into one or two numbers.
+// Adds up to two sums over n columns to `first` and `second`. add_terms(index, count, parts) adds
+// the terms of one vector of columns to `parts`.
 template <typename T, typename F>
 LX_INLINE void add_up(int64_t n, Acc<T>& first, Acc<T>& second, F&& add_terms) {
     Vec<T> totals[2] = {};

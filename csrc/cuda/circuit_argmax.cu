@@ -1,7 +1,7 @@
 // The most probable tokens and latents of each row, in one launch.
 //
 // One block per row of the batch; values and choices stay in shared memory.
-//   best      a group of lanes per row of leaves: log p of its mode or of the given token
+//   best      a group of lanes per row of leaf logits computes log p of its mode or given token
 //   upward    latent by latent, children first: a warp per row of the latent's matrix computes the
 //             row's norm, then the maximum of log softmax + value below and its index
 //   downward  one thread follows the choices; a warp per position selects the token
@@ -57,7 +57,7 @@ __global__ void __launch_bounds__(kThreads, 1)
     const int K = static_cast<int>(c.n_token), C = static_cast<int>(c.components);
     const int V = leaves.vocabulary, lane = lx::lane_id(), warp = lx::warp_id();
     float* const best = reinterpret_cast<float*>(shared);    // (K, C): log p of mode or given token
-    float* const stepped = best + K * C;                     // (M, C), by the parent's state
+    float* const stepped = best + K * C;                     // (M, C), at the parent's state
     float* const value = stepped + M * C;                    // (C,)
     int* const choices = reinterpret_cast<int*>(value + C);  // (M, C)
     int* const states = choices + M * C + 1;                 // (M,); entry -1 is the root's state

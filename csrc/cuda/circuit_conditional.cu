@@ -1,5 +1,5 @@
-// log q(v | x_<k) of one position of each row, for the whole vocabulary: one launch, a block per
-// row.
+// Computes log q(v | x_<k) of one position of each row for the whole vocabulary, in one launch with
+// one block per row.
 //
 // The walk to position k stores log posterior[z] - log_sum[z] of that position in shared memory.
 // Then the lanes iterate over the vocabulary and read the C logits of a token twice: first for
@@ -31,7 +31,8 @@ __global__ void __launch_bounds__(kRowThreads<Team>, 1)
             const Norm* const norms = k <= last ? own.norms_at(k) : nullptr;
             if (k == last) {
                 const float total = posterior_of(walk, cur, own.state);
-                // The part of each component's exponent that does not depend on the token.
+                // state[z] becomes the part of component z's exponent that does not depend on the
+                // token.
                 walk.for_own([&](int z) {
                     const bool none = cur[z] == kImpossible || norms[z].log_sum == kImpossible;
                     own.state[z] = none ? kImpossible : cur[z] - total - norms[z].log_sum;

@@ -1,8 +1,9 @@
-// Code shared by the decoding kernels: reading rows of logits of any dtype, and the draw.
+// Code shared by the decoding kernels: reading rows of logits of any dtype, and drawing from them.
 //
 // A group of lanes reads a row of V logits in 16-byte loads. The number of lanes and the order of
 // every sum depend only on V and the dtype. The dtype of the leaves may differ from that of the
-// op's other arguments; since it is a value at run time, all threads take the same branch.
+// op's other arguments; kernels receive it as an argument and branch on it, and all threads take
+// the same branch.
 #pragma once
 
 #include "circuit_kernels.cuh"
@@ -10,10 +11,10 @@
 
 namespace lora_ext {
 
-constexpr int kDrawChunks = 1024;  // partial sums of a draw, in shared memory
+constexpr int kDrawChunks = 1024;  // maximum number of partial sums of a draw
 
-// Returns the binary logarithm of the number of lanes that read a row of V logits, and that number.
-// It is chosen so that each lane has a few loads.
+// log_lanes_of_row returns the binary logarithm of the number of lanes that read a row of V logits,
+// and lanes_of_row returns the number. It is chosen so that each lane has a few loads.
 template <class T>
 LX_HOST_DEVICE constexpr int log_lanes_of_row(int vocabulary) {
     const int pieces = vocabulary / kPiece<T>;
@@ -23,7 +24,7 @@ template <class T>
 LX_DEVICE int lanes_of_row(int vocabulary) {
     return 1 << log_lanes_of_row<T>(vocabulary);
 }
-// Returns the reduction over this lane's group of lanes, in a fixed tree.
+// Reduces x by `op` over the group of `lanes` lanes that contains this lane, in a fixed tree.
 template <class X, class Op>
 LX_DEVICE X reduce_lanes(X x, int lanes, Op op) {
     for (int mask = lanes / 2; mask > 0; mask /= 2)
@@ -74,10 +75,10 @@ struct LeafRows {
         return with_row(z, [&](const auto* row) { return lx::to_float(lx::load_nc(row + v)); });
     }
 };
-// The leaves of a batch; the rows of all positions are contiguous.
+// The leaves of a batch. The rows of leaf logits of all positions are contiguous.
 struct Leaves {
     const void* leaf;
-    int64_t stride;  // between rows of the batch, in elements
+    int64_t stride;  // elements between rows of the batch
     int64_t components;
     DType dtype;
     int vocabulary;
@@ -123,22 +124,22 @@ inline void declare_circuit(const CircuitLogits& logits, const Leaves& leaves) {
         LX_BUF(logits.workspace, circuit_workspace_bytes(logits), lx::Access::kRead);
 }
 
-// log p = logit - top - log_sum keeps the digits of large logits. If log_sum is -inf, no token is
-// possible.
+// The normaliser of a row of logits. log p = logit - top - log_sum keeps the digits of large
+// logits, because `top` is subtracted first. If log_sum is -inf, no token is possible.
 struct Norm {
     float top, log_sum;
     LX_DEVICE float log_p(float logit) const {
         return log_sum == kImpossible ? kImpossible : logit - top - log_sum;
     }
 };
-// Returns the norm from the partial sums of a group of lanes, on every lane of the group.
+// Returns the norm to every lane of a group, computed from the partial sums of the group's lanes.
 LX_DEVICE Norm norm_of(const OnlineSum& mine, int lanes) {
     const float shift = shift_of(reduce_lanes(mine.top, lanes, larger));
     return {shift, logf(reduce_lanes(mine.sum * lx::exp_approx(mine.top - shift), lanes, add))};
 }
 
-// Calls f(z, norm) for the rows z in [0, count) of `rows`, each on one lane. The warps `warp`,
-// `warp + warps`, ... of a block share the rows; all their lanes call this.
+// Calls f(z, norm) for the rows z in [0, count) of `rows`, each on one lane. `warps` warps share
+// the rows, and this is warp `warp` of them. All their lanes must call this.
 template <class F>
 LX_DEVICE void for_norms(const LeafRows& rows, int count, int warp, int warps, F&& f) {
     rows.with_row(0, [&]<class T>(const T* first) {
@@ -155,10 +156,9 @@ LX_DEVICE void for_norms(const LeafRows& rows, int count, int warp, int warps, F
         }
     });
 }
-// Launches a separate kernel that computes the norms of all leaves, (B, K, C), before a kernel that
-// walks, if the logits of a row of the batch are too many for one multiprocessor. If `last` is
-// given, it computes only the norms of the positions up to last[row]. Does nothing without a
-// workspace.
+// Launches the kernel that computes the norms of all leaves, (B, K, C), before a kernel that walks.
+// Does nothing without a workspace, which exists only if the logits of a row of the batch are too
+// many for one multiprocessor. If `last` is given, only positions up to last[row] are computed.
 LaunchStatus run_norms(const CircuitLogits& logits, const Leaves& leaves, const int64_t* last,
                        void* stream);
 // Returns the norms of a row of the batch from the workspace, or nullptr.
@@ -176,7 +176,7 @@ struct Largest {
 LX_DEVICE Largest largest_among(int n, float top, int index) {
     const float best = reduce_lanes(top, lx::kWarpSize, larger);
     index = lx::reduce_min_sync(lx::kFullMask, top == best ? index : 0x7fffffff);
-    return {best, index < n ? index : 0};  // all numbers are -inf or NaN
+    return {best, index < n ? index : 0};  // 0 if all are -inf or NaN
 }
 template <class T>
 LX_DEVICE Largest largest_of(const T* row, int n, bool aligned) {
@@ -195,8 +195,8 @@ LX_DEVICE Largest largest_of(const T* row, int n, bool aligned) {
 }
 
 // ------------------------------------------------------------------------------------------------
-// The draw. Each warp computes the same result. Weights are float and their sums double, so that
-// small weights are not lost in the sum.
+// Draws. Each warp computes the same result. Weights are float and their sums double, so that small
+// weights are not lost in a sum.
 
 // Returns the sum of x over the lanes from 0 to this one.
 LX_DEVICE double running_sum(double x) {
@@ -215,7 +215,7 @@ LX_DEVICE int pick_lane(unsigned hit, unsigned has) {
     return hit ? lx::ffs(hit) - 1 : lx::kWarpSize - 1 - lx::clz(has);
 }
 
-// The index of a draw: the first whose running sum exceeds `limit`, else the last of weight > 0.
+// Result of a draw: the first index whose running sum exceeds `limit`, else the last of weight > 0.
 struct Place {
     int index = -1;     // -1: no weight is positive
     double before = 0;  // sum of the weights before `index`
@@ -244,7 +244,7 @@ LX_DEVICE Place find_among(int n, double uniform, At&& at) {
     }
     return place;
 }
-// Draws among n weights in shared memory, which are float or double.
+// Draws among n weights of type float or double in shared memory.
 template <class X>
 LX_DEVICE Place find(const X* values, int n, float uniform) {
     const int lane = lx::lane_id();
@@ -254,9 +254,9 @@ LX_DEVICE Place find(const X* values, int n, float uniform) {
 
 // Draws among n weights; weights(i, w) sets w to the kCount weights from i on, zero beyond the end.
 // A warp reads a chunk of weights at a time, `steps` loads of kCount per lane. The first pass sums
-// each chunk in a fixed tree and stores it in `sums`, kDrawChunks numbers in shared memory. The
-// second pass recomputes the weights of the selected chunk. All threads of the team call this
-// function, and all return the same index.
+// each chunk in a fixed tree and stores the results in `sums`, kDrawChunks numbers in shared
+// memory. The second pass recomputes the weights of the selected chunk. All threads of the team
+// call this function, and all return the same index.
 template <int kCount, class Team, class Weights>
 LX_DEVICE int draw(const Team& team, double* sums, int n, float uniform, Weights&& weights) {
     constexpr int kStep = kCount * lx::kWarpSize;

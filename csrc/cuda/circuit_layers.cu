@@ -1,4 +1,5 @@
-// Values of all units of a circuit from the values of its leaves; formulas in circuit_layers.h.
+// Computes the values of all units of a circuit from the values of its leaves. The formulas are in
+// circuit_layers.h.
 //
 //   weights   a warp per row of weights scales the row to maximum 1, as the sum layers do
 //   leaves    transposes the values of the leaves, so that rows of data become lanes
@@ -62,11 +63,14 @@ __global__ void __launch_bounds__(kRowWarps * 32, 4)
 
 __global__ void __launch_bounds__(kLayerThreads, 4)
     layers_leaves_kernel(const __grid_constant__ LayersArgs args, int64_t arrivals) {
+    // All values of a tile belong to one unit, and the number of a tile has 32 bits.
     const int64_t at = int64_t{blockIdx.x} * kLayerThreads + threadIdx.x;
-    const int64_t unit = at / args.lanes, lane = at % args.lanes;
+    const unsigned tile = static_cast<unsigned>(at / kTile);
+    const unsigned tiles = static_cast<unsigned>(args.lanes / kTile), unit = tile / tiles;
+    const int lane = static_cast<int>((tile - unit * tiles) * kTile + threadIdx.x % kTile);
     for (int64_t i = at; i < arrivals; i += int64_t{gridDim.x} * kLayerThreads)
         args.arrivals[i] = 0;
-    if (unit >= kFirstLeaf + args.program.leaves()) return;
+    if (unit >= static_cast<unsigned>(kFirstLeaf + args.program.leaves())) return;
     float l = unit == 1 ? kImpossible : 0.0f;
     if (unit >= kFirstLeaf && lane < args.rows)
         l = static_cast<const float*>(
@@ -75,7 +79,8 @@ __global__ void __launch_bounds__(kLayerThreads, 4)
 }
 
 // A block computes share blockIdx.z of the results of each of its nodes, which are begin +
-// blockIdx.y, ... below `end`. kMax: max-product, in which terms and weights remain logarithms.
+// blockIdx.y, begin + blockIdx.y + gridDim.y, ... below `end`. kMax: max-product, in which terms
+// and weights remain logarithms.
 template <bool kMax>
 __global__ void __launch_bounds__(kLayerThreads, 2)
     layers_up_kernel(const __grid_constant__ LayersArgs args, int64_t begin, int64_t end) {
@@ -167,15 +172,15 @@ LaunchStatus launch_layers_weights(const LayersArgs& args, void* stream) {
 
 LaunchStatus launch_layers_forward(const LayersArgs& args, void* stream) {
     const int64_t leaves = (kFirstLeaf + args.plan.leaves()) * args.lanes;
-    if (ceil_div(leaves, kLayerThreads) > kMaxGridX) return kInvalidValue;
+    const int64_t blocks = ceil_div(leaves, kLayerThreads);
+    if (blocks * (kLayerThreads / kTile) > int64_t{UINT32_MAX}) return kInvalidValue;
     declare_layers(args);
     declare_strided(args.leaf, args.rows, args.leaf_row, args.plan.leaves(), args.leaf_unit);
     declare_units(args, args.val, lx::Access::kWrite);
     const int64_t arrivals = args.arrivals ? stored_arrivals(args) : 0;
     if (arrivals) LX_BUF(args.arrivals, arrivals * 4, lx::Access::kWrite);
-    LaunchStatus status =
-        LX_LAUNCH(layers_leaves_kernel, static_cast<unsigned>(ceil_div(leaves, kLayerThreads)),
-                  kLayerThreads, 0, stream, args, arrivals);
+    LaunchStatus status = LX_LAUNCH(layers_leaves_kernel, static_cast<unsigned>(blocks),
+                                    kLayerThreads, 0, stream, args, arrivals);
     const auto up = [&](int64_t begin, int64_t end, unsigned nodes, unsigned parts) {
         declare_layers(args);
         declare_layer_weights(args);

@@ -15,7 +15,7 @@ constexpr int kTile = static_cast<int>(kLaneGroup);
 constexpr int kLayerThreads = 256;
 constexpr int kLayerWarps = kLayerThreads / 32;
 constexpr int kQuads = kTile / 4;                // a thread of a product sums four lanes
-constexpr int kGroups = kLayerThreads / kQuads;  // results computed at a time, one per thread
+constexpr int kGroups = kLayerThreads / kQuads;  // results computed at a time
 constexpr int kChunk = 512;                      // terms in shared memory
 constexpr int kOwnResults = 4;                   // results per thread in one pass
 constexpr int kPass = kGroups * kOwnResults;
@@ -78,7 +78,7 @@ struct LayerTile {
         for (int w = 0; w < kLayerWarps; ++w) top = fmaxf(top, partial[w * kTile + lane]);
         return top;
     }
-    // Copies the products of a node without a matrix, hence without sums, to its values.
+    // Copies the products of a node that has no matrix, and therefore no sums, to its values.
     LX_DEVICE void copy_products(const LayersNode& node) const {
         const int rank = lx::thread_rank(), lane = rank % kTile;
         for_terms(node, lane, rank / kTile, node.width, kLayerThreads / kTile,
@@ -87,7 +87,7 @@ struct LayerTile {
     // Recomputes log sum_i W_i exp(l_i) of sum `o` on a lane, with terms shifted by their maximum.
     LX_DEVICE float rescued_sum(const LayersNode& node, const LayersMatrix& m, int64_t o,
                                 int lane) const;
-    // Returns the flow to term i, whose log-value is l, from the sums of a lane that were rescued.
+    // Returns the flow to term i, of log-value l, from the rescued (recomputed) sums of a lane.
     LX_DEVICE float owed_flow(const LayersNode& node, const LayersMatrix& m, int64_t i, int lane,
                               float l, float top) const;
 };
@@ -99,13 +99,14 @@ LX_DEVICE float4 four_at(const float* p) {
     return *reinterpret_cast<const float4*>(p);
 }
 
-constexpr int kBatch = 4;  // terms per thread in flight
+constexpr int kBatch = 4;  // terms per thread whose loads are in flight
 
 // A tile with four lanes per thread.
 struct QuadTile : LayerTile {
     using LayerTile::LayerTile;
 
-    // Calls f(index, values on lanes quad .. + 3) for terms first, first + step, ... below `end`.
+    // Calls f(index, values on lanes quad to quad + 3) for terms first, first + step, ... below
+    // `end`.
     template <class F>
     LX_DEVICE void for_quads(const LayersNode& node, int quad, int first, int end, int step,
                              F&& f) const {
@@ -120,7 +121,7 @@ struct QuadTile : LayerTile {
             const int pairs = part.kronecker ? two.units : 1;
             const int stop = lx::min(end, part.term + one.units * pairs);
             while (i < stop) {
-                // Last valid slot of this batch; later slots load the term of this slot again.
+                // Index of the batch's last valid term. Beyond it, this term is loaded again.
                 const int last = lx::min(kBatch - 1, (stop - 1 - i) / step);
                 float4 l[kBatch], r[kBatch];
 #pragma unroll
@@ -149,7 +150,8 @@ struct QuadTile : LayerTile {
     }
 };
 
-// Accumulates one weight and term in `result`: by fused multiply-add, or by maximum if kMax.
+// Returns `result` + w * term, by fused multiply-add, or the maximum of w + term and `result` if
+// kMax.
 template <bool kMax>
 LX_DEVICE float meet(float w, float term, float result) {
     return kMax ? fmaxf(w + term, result) : fmaf(w, term, result);
@@ -317,8 +319,8 @@ LaunchStatus launch_layers_terms(const LayersArgs& args, const LayersStage& stag
                                  void* stream);
 LaunchStatus launch_layers_product(const LayersArgs& args, const LayersStage& stage,
                                    LayersProduct product, void* stream);
-// Returns the end of the run of stages from `begin` that fit into one launch, or `begin` if the
-// first stage does not fit.
+// Returns the end of the longest run of stages from `begin` that fits into one launch, or `begin`
+// if fewer than two stages fit.
 int64_t end_of_run(const LayersArgs& args, int64_t begin);
 LaunchStatus launch_layers_run(const LayersArgs& args, int64_t begin, int64_t end, void* stream);
 LaunchStatus launch_layers_children(const LayersArgs& args, const LayersStage& stage, void* stream);

@@ -1,5 +1,5 @@
-// Flows of all units and weights of a circuit from the flows of its roots; formulas in
-// circuit_layers.h.
+// Computes the flows of all units and weights of a circuit from the flows of its roots. The
+// formulas are in circuit_layers.h.
 //
 //   terms     for each node, from the last to the first: ratio = g / s of each sum s with flow g,
 //             and the flows of the node's products, stored in a separate buffer
@@ -113,14 +113,14 @@ __global__ void __launch_bounds__(kLayerThreads, 2)
     }
 }
 
-// Block (tile of sums, tile of terms, matrix). A thread computes the gradients of four of the
-// 32 x 32 weights, all in one column.
+// There is one block per (tile of sums, tile of terms, matrix). A thread computes the gradients of
+// four of the 32 x 32 weights, all in one column.
 __global__ void __launch_bounds__(kLayerThreads, 2)
     layers_dweights_kernel(const __grid_constant__ LayersArgs args) {
     LX_SHARED(float, ratios, kSide*(kSide + 1));
     LX_SHARED(float, values, kSide*(kSide + 1));
     LX_SHARED(float, owed, kSide*(kSide + 1));    // flows of rescued sums
-    LX_SHARED(float, depths, kSide*(kSide + 1));  // -log s of these sums
+    LX_SHARED(float, depths, kSide*(kSide + 1));  // top + shift - out of these
     LX_SHARED(float, totals, kSide);
     LX_SHARED(float, bases, kSide);
     const LayersProgram program = args.program;

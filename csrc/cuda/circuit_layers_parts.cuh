@@ -36,7 +36,7 @@ LX_DEVICE void part_pair(float a, float b, uint32_t (&words)[kParts]) {
         a -= rounded.x, b -= rounded.y;
     }
 }
-// Returns the index of the first part of number `at` of a row; its parts are kPartPiece apart.
+// Returns the index of the first part of number `at` of a row. Parts are kPartPiece apart.
 template <int kParts>
 LX_DEVICE int64_t part_at(int64_t at) {
     return at / kPartPiece * (kPartPiece * kParts) + at % kPartPiece;
@@ -84,14 +84,14 @@ struct ProductSide {
     static constexpr int kBytes = kParts * kPlaneBytes;
     static constexpr int kRowStep = kProductThreads / kPieces;
     static constexpr int kCopies = kRows / kRowStep;
-    // A multiple of 8, so that the permutation of pieces is the same in all rows of a thread.
+    // As a multiple of 8, kRowStep gives all rows of a thread the same permutation of pieces.
     static_assert(kRowStep % 8 == 0 && kCopies * kRowStep == kRows);
 
     const unsigned char *origin, *own;  // own: the thread's first piece of the next step
     int64_t row_step, step;             // bytes between the thread's rows, and between steps
-    int to;                             // offset of the first piece in a stage
-    int left;                           // remaining k from the next step on
-    int others;                         // remaining rows; if transposed: columns
+    int to;                             // offset of the thread's first piece in a stage
+    int left;                           // remaining values of k from the next step on
+    int others;                         // remaining rows or, if transposed, columns
 
     LX_DEVICE explicit ProductSide(const PartRows& in)
         : origin(static_cast<const unsigned char*>(in.first)) {
@@ -137,7 +137,7 @@ struct ProductSide {
         own += step;
         left -= kStep;
     }
-    // Loads operand A of part p, rows `first` .. + 15, for 16 k starting at k.
+    // Loads operand A of part p: rows first to first + 15, for the 16 values of k from `k` on.
     LX_DEVICE static void load_rows(uint32_t (&a)[4], const unsigned char* stage, int p, int first,
                                     int k) {
         const int lane = lx::lane_id();
@@ -148,7 +148,8 @@ struct ProductSide {
         else
             lx::ldmatrix_x4(a, stage + offset(first + lane % 16, k / kPartPiece + lane / 16));
     }
-    // Loads operand B of part p, two tiles of eight columns starting at `first`.
+    // Loads operand B of part p: two tiles of eight columns from `first` on, for the same values of
+    // k as load_rows.
     LX_DEVICE static void load_columns(uint32_t (&b)[2], uint32_t (&next)[2],
                                        const unsigned char* stage, int p, int first, int k) {
         const int lane = lx::lane_id();
@@ -233,7 +234,8 @@ struct ProductShape {
             }
         }
     }
-    // sums += left right, over `depth` values of k. Waits for the kernel that writes `right`.
+    // Adds the product of left and right over `depth` values of k to `sums`. Waits for the kernel
+    // that writes `right`.
     LX_DEVICE static void add_product(Sums& sums, unsigned char* ring, const PartRows& left_rows,
                                       const PartRows& right_rows, int depth) {
         Left left(left_rows);

@@ -5,10 +5,11 @@
 //   down      d[i, lane] = E[i, lane] sum_o W[o, i] R[o, lane]: flows of the products of a node
 //   weights   f[o, i] = sum over lanes of R[o, lane] E[i, lane], over the nodes that share a matrix
 //
-// with E = exp(term - its maximum) and R = flow / s of circuit_layers_terms.cu. Block (tile of
-// columns, tile of rows, node). If a result is too small for the precision of the parts, its thread
-// recomputes it in float32. The order of k does not depend on the tile, so the result of a row does
-// not depend on its batch. Bound: tensor cores, and at 512 states the latency of a stage.
+// with E = exp(term - the node's maximum) and R = flow / s, which circuit_layers_terms.cu computes.
+// There is one block per (tile of columns, tile of rows, node). If a result is too small for the
+// precision of the parts, its thread recomputes it in float32. The order of k does not depend on
+// the tile, so the result of a row does not depend on its batch. Bound: tensor cores, and at 512
+// states the latency of a stage.
 //
 // Each launch may start before the previous one ends, and may load its weights at once, because a
 // launch before the first stage has split them into parts. Results of earlier stages are read only
@@ -28,7 +29,7 @@ struct ProductNode {
     LayersMatrix m;
     const uint16_t *weight = nullptr, *term = nullptr, *ratio = nullptr;
     int weight_row = 0;
-    int64_t slot;  // index of its first term among the terms of the stage
+    int64_t slot;  // index of the node's first term among the terms of the stage
 
     LX_DEVICE ProductNode(const LayersArgs& args, const LayersStage& stage, int64_t n)
         : node(args.program.nodes()[n]), m{}, slot((n - stage.begin) * stage.width) {
@@ -49,7 +50,7 @@ LX_DEVICE void finish_down(const LayersArgs& args, const LayersStage& stage, int
     const ProductNode own(args, stage, n);
     const LayerTile tile(args, 0);
     const float* flags = tile.at(args.lost, n * kNodeShares);
-    // Addresses of the E and of the flow of the thread's first result. The offsets to its other
+    // Addresses of E and of the flow for the thread's first result. The offsets to its other
     // results are compile-time constants.
     const int64_t first_lane = lane0 + G::column_of(0);
     const uint16_t* term_parts =
@@ -157,7 +158,7 @@ __global__ void __launch_bounds__(kProductThreads, 2)
                      m.width - static_cast<int>(column0), lanes},
                     lanes);
             }
-            const bool first = users.end == m.user_end;  // the backward starts with the last stage
+            const bool first = users.end == m.user_end;  // backward starts with the last stage
             finish_weights<G>(args, own, first, row0, static_cast<int>(column0), sums);
         }
     }
@@ -176,8 +177,8 @@ LaunchStatus launch_shape(const LayersArgs& args, const LayersStage& stage, int6
                          G::kRingBytes, stream, args, stage);
 }
 
-// Uses the large tile if its blocks occupy at least three of four multiprocessors. The results of
-// both tiles are bitwise equal.
+// Uses the large tile if it gives at least three blocks for every four multiprocessors. The results
+// of both tiles are bitwise equal.
 template <LayersProduct kProduct, int kParts>
 LaunchStatus launch_parts(const LayersArgs& args, const LayersStage& stage, void* stream) {
     const int64_t rows = kProduct == LayersProduct::kDown ? stage.width : stage.units;

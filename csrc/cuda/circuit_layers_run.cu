@@ -1,10 +1,11 @@
-// A run, that is, consecutive stages of one node each, in one launch. circuit_layers.h has the
-// formulas, circuit_layers_parts.cuh the tile.
+// Computes a run, that is, consecutive stages of one node each, in one launch. circuit_layers.h has
+// the formulas, and circuit_layers_parts.cuh defines the tile.
 //
-// Block (64 sums and 64 terms of every node, 32 lanes). Lanes are independent, so only blocks of
-// the same lanes wait for each other, at most once per stage, for the terms of that stage:
+// There is one block per (64 sums and 64 terms of every node, 32 lanes). Lanes are independent, so
+// only blocks of the same lanes wait for each other, at most once per stage, for the terms of that
+// stage:
 //
-//   terms     E[i, lane] = exp(term[i] - t_b) of block b's terms, t_b their maximum: parts, to L2
+//   terms     E[i, lane] = exp(term[i] - t_b) of block b's terms with maximum t_b, as parts in L2
 //   product   s[o, lane] = sum over b of exp(t_b - t) (sum over i of b of W[o, i] E[i, lane])
 //
 // with t the maximum of all t_b. The block then computes its values and, if term i of the next node
@@ -51,8 +52,8 @@ struct Run {
     int64_t tops_apart;  // distance between the two buffers of maxima, in floats
 };
 
-// Returns whether a block can compute its terms of a node without waiting. This is so if term i
-// uses only values of earlier stages and, of the preceding node, sum i.
+// Returns whether a block can compute its terms of a node without waiting. This is possible if term
+// i uses, of the preceding node, only sum i, and otherwise only values of earlier stages.
 LX_DEVICE bool of_own_sums(const LayersProgram& program, const LayersNode& node,
                            const LayersNode& before) {
     if (before.matrix < 0 || node.part_end - node.part_begin != 1) return false;
@@ -85,7 +86,7 @@ struct RunBlock : QuadTile {
 
     const Run& run;
     unsigned char* shared;
-    float *partial, *tops;  // (4, kRunLanes): maxima of each warp; (kRunLanes,)
+    float *partial, *tops;  // (4, kRunLanes), maxima of each warp; (kRunLanes,)
     unsigned* arrivals;
     unsigned arrived = 0;
     int row0, matrix = -1;  // matrix: index of the matrix in shared memory
@@ -286,7 +287,7 @@ auto with_parts(int parts, F&& f) {
                         : f.template operator()<3>();
 }
 
-// Size of a run: `rows` blocks process the same lanes, each with bytes() of shared memory.
+// Size of a run. `rows` blocks, each with bytes() bytes of shared memory, process the same lanes.
 struct RunSize {
     int64_t rows = 0, width = 0;
 
@@ -299,7 +300,7 @@ struct RunSize {
         return static_cast<size_t>(RunShape<kParts>::bytes(static_cast<int>(width)));
     }
     bool fits(int parts) const {
-        return width < 1 << 20 && rows <= kMaxGridY &&  // the limit keeps bytes() within int
+        return width < 1 << 20 && rows <= kMaxGridY &&  // bytes() must fit in an int
                with_parts(
                    parts,
                    [&]<int kParts>() {

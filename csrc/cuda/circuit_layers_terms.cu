@@ -1,11 +1,11 @@
-// The kernels before and after the products of one stage of a circuit; formulas in
+// The kernels before and after the products of one stage of a circuit. The formulas are in
 // circuit_layers.h.
 //
-//   terms      E = exp(term - its maximum over the node) of each lane, once, in 16-bit parts; in
-//              the backward also R = flow / s of each sum: block (16 lanes, node, share of terms)
+//   terms      E = exp(term - the node's maximum) of each lane, once, in 16-bit parts; in the
+//              backward pass also R = flow / s of each sum. One block per (16 lanes, node, share)
 //   children   adds flows of terms to the units below. One thread performs all additions to a unit,
-//              so their order is fixed without a barrier: block (16 lanes, 16 units)
-//   owed       converts flows of weights to gradients and adds the flows of rescued sums: a block
+//              so their order is fixed without a barrier. One block per (16 lanes, 16 units)
+//   owed       converts flows of weights to gradients and adds the flows of rescued sums. One block
 //              per row of a matrix
 //
 // Bound: bytes, and the latency of a node's maximum, which the block of every share computes again.
@@ -171,7 +171,7 @@ __global__ void __launch_bounds__(kLayerThreads, 4)
 __global__ void __launch_bounds__(kOwedThreads, 8)
     layers_owed_kernel(const __grid_constant__ LayersArgs args) {
     LX_SHARED(float, debts, kOwedThreads);   // flows of rescued sums
-    LX_SHARED(float, depths, kOwedThreads);  // -log s of these sums
+    LX_SHARED(float, depths, kOwedThreads);  // shift - out of these sums
     LX_SHARED(float, parts, kOwedThreads / 32);
     constexpr int kAhead = 4;
     const LayersProgram program = args.program;

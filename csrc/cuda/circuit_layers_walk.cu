@@ -1,10 +1,11 @@
-// Sampled or most probable walks from a root of a circuit to a leaf of every variable; formulas in
-// circuit_layers.h.
+// Draws walks from a root of a circuit to a leaf of every variable, or computes the most probable
+// ones. The formulas are in circuit_layers.h.
 //
-// One launch with one warp per walk. The warp searches the nodes from the last to the first, 32 at
-// a time, for nodes that the walk has reached. Its lanes share the terms of a node and compute them
-// twice: for their maximum, and for the sums of a draw. Walks are independent. Bound: 32 bytes (one
-// sector) from L2 for each value that a term contains, and the latency of one node after another.
+// There is one launch with one warp per walk. The warp searches the nodes from the last to the
+// first, 32 at a time, for nodes that the walk has reached. Its lanes share the terms of a node and
+// compute them twice: for their maximum, and for the sums of a draw. Walks are independent. Bound:
+// 32 bytes (one sector) from L2 for each value that a term contains, and the latency of one node
+// after another.
 #include "circuit_decode.cuh"
 #include "circuit_layers.cuh"
 
@@ -37,12 +38,12 @@ struct WarpWalk : LayerTile {
             args.leaves[walk * variables + v] = -1;
         lx::syncwarp();
         const int64_t root = args.root[row];
-        const bool possible = root >= 0 && root < program.num_roots();  // not checked by the op
+        const bool possible = root >= 0 && root < program.num_roots();  // not yet checked on a GPU
         if (lane == 0 && possible)
             take(program.owners()[program.num_children() + root], program.roots()[root]);
         lx::syncwarp();
     }
-    // Returns the chosen term of sum o.
+    // Returns the term of sum o that the walk takes: a drawn one or, without uniforms, the largest.
     LX_DEVICE int choose(const LayersNode& node, int64_t n, int o) const {
         const LayersMatrix m = program.matrices()[node.matrix];
         const float* w = weights_of(m, o);

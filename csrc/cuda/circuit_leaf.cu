@@ -12,8 +12,8 @@ namespace {
 
 constexpr int kWarps = 8;
 constexpr int kBatch = 2;  // loads in flight per lane
-// Minimum blocks per multiprocessor. The forward requests as many as fit, 2048 threads, or 1536 on
-// sm_120; the backward requests fewer, since it uses more registers.
+// Minimum blocks per multiprocessor. The forward kernel requests as many as fit: 2048 threads, or
+// 1536 on sm_120. The backward kernel requests fewer, since it uses more registers.
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1200
 constexpr int kMinBlocks = 6;
 #else
@@ -24,7 +24,7 @@ constexpr int kMinBlocksBackward = 5;
 // A row of V logits, and its token: kNoToken if the token is invalid, kNoRow beyond the last row.
 constexpr int kNoToken = -1, kNoRow = -2;
 struct LeafRow {
-    unsigned index;      // of the row of logits
+    unsigned index;      // index of the row of logits
     int64_t at, logits;  // index in e, top and log_sum; offset of the first logit
     int token;
 };

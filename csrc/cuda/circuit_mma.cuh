@@ -23,8 +23,8 @@ constexpr float kHalfScale = 0x1p14f;
 template <bool kHigh>
 using MmaHalf = std::conditional_t<kHigh, lx::bf16, lx::f16>;
 
-// Returns the bytes between rows of values: a whole number of steps, and not a multiple of 128, so
-// that there are no bank conflicts.
+// Returns the distance between rows of values, in bytes: a whole number of steps, and not a
+// multiple of 128, so that there are no bank conflicts.
 LX_HOST_DEVICE constexpr int value_row_bytes(int64_t terms) {
     const int bytes = (static_cast<int>(terms) + kStep - 1) / kStep * kStep * 2;
     return bytes % 128 == 0 ? bytes + 64 : bytes;
@@ -66,9 +66,9 @@ LX_DEVICE void load_eight(const float* p, int k, int n, bool aligned, float (&v)
     }
 }
 
-// Multiplies the 16 rows of values in `shared`, high parts then low parts, by the weights (sums, n)
-// of the sums starting at `first_sum`. Result i of a lane belongs to row mma_row(i) and to sum
-// mma_sum(i, first_sum).
+// Adds to acc the products of the 16 rows of values in `shared`, high parts then low parts, with
+// the weights (sums, n) of the sums from `first_sum` on. Result i of a lane belongs to row
+// mma_row(i) and to sum mma_sum(i, first_sum).
 template <bool kHigh>
 LX_DEVICE void mma_products(const unsigned char* shared, const float* weight, int n, int sums,
                             int first_sum, bool aligned, float (&acc)[kWarpTiles][4]) {

@@ -1,6 +1,6 @@
-// Norms of leaves, in a separate launch, if one multiprocessor would need too long to read the
-// logits of a row of the batch. Eight warps per block read rows of V logits as in circuit_row.cuh.
-// Bound: bytes of the logits.
+// Computes the norms of leaves in a separate launch, which is used if one multiprocessor would need
+// too long to read the logits of a row of the batch. The eight warps of a block read rows of V
+// logits as in circuit_row.cuh. Bound: bytes of the logits.
 #include "circuit_decode.cuh"
 
 namespace lora_ext {

@@ -59,7 +59,8 @@ struct Row {
         e = state + c.components;
         walk = shared + own_floats<Team>(c);
     }
-    // Computes `count` norms from position k on; the rows of all positions are contiguous.
+    // Computes `count` norms from position k on. They may belong to several positions, whose rows
+    // are contiguous.
     LX_DEVICE void take_norms(int64_t k, int count) const {
         for_norms(leaves.rows(row, k), count, lx::warp_id(), kRowThreads<Team> / lx::kWarpSize,
                   [&](int z, const Norm& norm) { norms[z] = norm; });
@@ -103,8 +104,9 @@ LX_DEVICE float posterior_of(const Walk& walk, const float* cur, float* state) {
     return logf(sum) + shift;
 }
 
-// Calls run_norms and then f<P, Team>(leaves, aligned) with the types of these logits. declare()
-// must declare the kernel's buffers that are not part of the circuit.
+// Calls run_norms and then f<P, Team>(leaves, aligned) with the C++ type of the circuit's
+// parameters and the team that walks. declare() must declare the kernel's buffers that are not part
+// of the circuit.
 template <class Declare, class F>
 LaunchStatus with_circuit(const CircuitLogits& logits, const int64_t* last, void* stream,
                           Declare&& declare, F&& f) {

@@ -1,4 +1,5 @@
-// A window drawn from a circuit: one launch, a block per row of the batch. At each position k
+// Draws a window of K tokens from a circuit, in one launch with one block per row of the batch. At
+// each position k
 //   state ~ softmax(cur), token ~ softmax(leaf[k, state]), e[z] = leaf[k, z, token] - norm[k, z]
 // A row of logits is read once for its norm. Of each position, the row of the drawn state and the C
 // logits of the drawn token are read again, from cache. See circuit_row.cuh for the team that
@@ -36,7 +37,7 @@ __global__ void __launch_bounds__(kRowThreads<Team>, 1)
             token = lx::max(
                 draw_token(walk.team, own.sums, rows, z, norms[z].top, uniforms[2 * k + 1]), 0);
         }
-        const bool possible = token < leaves.vocabulary;  // not checked by the op
+        const bool possible = token < leaves.vocabulary;  // not yet checked on a GPU
         walk.for_own(
             [&](int z) { own.e[z] = possible ? norms[z].log_p(rows.at(z, token)) : kImpossible; });
         const float top =

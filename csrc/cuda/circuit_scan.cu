@@ -23,7 +23,7 @@ namespace {
 constexpr int kRowsPerBlock = 4;  // if a warp walks a row
 constexpr float kNotExact = __builtin_huge_valf();
 
-// Finds the team's row and its share of shared memory; returns false if the team has no row.
+// Sets the team's row and its share of shared memory. Returns false if the team has no row.
 template <class Team>
 LX_DEVICE bool find_row(const CircuitParams& c, int64_t floats, unsigned char* shared, int64_t& row,
                         float*& scratch) {
@@ -81,13 +81,13 @@ __global__ void __launch_bounds__(256, 1)
 // ------------------------------------------------------------------------------------------------
 // Backward
 
-constexpr int64_t kReverseVectors = 8;  // in shared memory, besides the vectors of the walk
+constexpr int64_t kReverseVectors = 8;  // vectors in shared memory besides those of the walk
 
 template <class P, class Team>
 struct CircuitReverse {
     const CircuitScanArgs& args;
     const CircuitParams& c;
-    CircuitWalk<P, Team> walk;  // here its `vectors` contain dup and dcur of each level
+    CircuitWalk<P, Team> walk;  // its vectors contain dup and dcur of each level
     int64_t row;
     int n;
     const float *e, *states;
@@ -123,8 +123,9 @@ struct CircuitReverse {
         walk.for_own([&](int z) { x[z] = 0; });
     }
 
-    // Computes the gradients at position k from x = cur: `gradient` becomes the gradient of cur,
-    // and de_k the gradient of cur + e_k plus dup, the gradient of `up`, which includes e_k.
+    // Computes the gradients at position k, where x is cur. `gradient` contains the gradient from
+    // the right on entry and that of cur on return. de_k becomes the gradient of cur + e_k plus
+    // dup, the gradient of `up`, which includes e_k.
     LX_DEVICE void position(int64_t k, const float* x, float* gradient, const float* dup) const {
         const float* at = e + k * n;
         const float before = shift_of(walk.max_of(x));
@@ -159,7 +160,8 @@ struct CircuitReverse {
             q[z] = u == kImpossible ? 0 : lost ? du[z] : du[z] / weight;
         });
     }
-    // Return Y[z, j] and X[z, j] from p = P[z, j] and its logarithm, log_p().
+    // y_at returns Y[z, j] and x_at returns X[z, j], computed from p = P[z, j] and its logarithm
+    // log_p().
     template <class F>
     LX_DEVICE float y_at(int z, int j, float p, F&& log_p) const {
         if (walk.u[z] == kNotExact) return q[z] * p * up_weight[j];
@@ -276,7 +278,7 @@ struct CircuitReverse {
         const CircuitNode root{0, c.n_token, -1};
         const auto dup_at = [&](int level) { return walk.vectors + 2 * level * n; };
         const auto dcur_at = [&](int level) { return walk.vectors + (2 * level + 1) * n; };
-        // Gradient of u, which a child adds to both up and cur.
+        // Writes to d the gradient of u, which a child adds to both up and cur.
         const auto load_du = [&](int level) {
             walk.for_own([&](int z) { d[z] = dup_at(level)[z] + dcur_at(level)[z]; });
         };

@@ -20,7 +20,8 @@ bool fits_grid(int64_t items) {
     return ceil_div(items, kWarps) <= kMaxGridX;
 }
 
-// Writes scaled weights and the shift of each row of w. Values are passed as weights of norm kLog.
+// Writes scaled weights and the shift of each row of w. launch_log_sum_values passes values as
+// weights of norm kLog.
 template <class T>
 __global__ void __launch_bounds__(kThreads, 4)
     log_sum_scale_kernel(const __grid_constant__ LogSumArgs args, bool aligned) {
@@ -98,7 +99,7 @@ __global__ void __launch_bounds__(kThreads, 4)
         none ? 0.0f : static_cast<const float*>(args.dout)[at] * expf(depth);
 }
 
-// Computes dvalues *= value, and adds to dvalues the shares of rescued sums.
+// Multiplies dvalues by value and adds the shares of rescued sums to the products.
 template <class T>
 __global__ void __launch_bounds__(kThreads, 4)
     log_sum_dvalues_kernel(const __grid_constant__ LogSumArgs args, bool aligned) {
@@ -128,7 +129,7 @@ __global__ void __launch_bounds__(kThreads, 4)
     }
 }
 
-// Computes flow *= weight, adds to flow the shares of rescued sums, and computes dw from flow.
+// Multiplies flow by weight, adds the shares of rescued sums, and computes dw from the result.
 template <class T>
 __global__ void __launch_bounds__(kThreads, 4)
     log_sum_dweights_kernel(const __grid_constant__ LogSumArgs args, bool aligned) {

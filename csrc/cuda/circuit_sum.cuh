@@ -105,7 +105,8 @@ LX_DEVICE const float* values_of(const LogSumArgs& args, int64_t g, int64_t b) {
     return static_cast<const float*>(args.values) + g * args.values_group + b * args.values_row;
 }
 
-// Stores the gradient of one weight from its flow; the softmax of logits is scaled * factor.
+// Stores the gradient of one weight, computed from its flow. For logits, scaled * factor is the
+// weight's softmax times the sum of the flows of its row.
 template <class T>
 LX_DEVICE void store_dw(T* dw, float flow, float w, float scaled, float factor, WeightNorm norm) {
     float d = flow;

@@ -2,13 +2,14 @@
 //   out[b, o] = log(sum_i value[b, i] weight[o, i]) + weight_shift[o] + value_shift[b]
 // where the block computes value = exp(l - its maximum), and a previous launch has computed weight.
 //
-// Block (16 rows, 128 sums, group), eight warps. Each warp computes two rows of values, as 16-bit
-// numbers in shared memory, then two tiles of eight sums: every weight is read from L2 once per
-// block (circuit_mma.cuh). Bound: bytes of weights from L2, until there are enough rows to occupy
-// all multiprocessors.
+// There is one block of eight warps per (16 rows, 128 sums, group). Each warp computes two rows of
+// values, as 16-bit numbers in shared memory, then two tiles of eight sums: every weight is read
+// from L2 once per block (circuit_mma.cuh). Bound: bytes of weights from L2, until there are enough
+// rows to occupy all multiprocessors.
 //
-// If a sum is too small to be accurate in its mode, the warp recomputes it in float32 from shifted
-// terms. Scaled operands and this recomputation are our choice (docs/notes/circuit_engine.md).
+// If a sum is too small to be accurate in its mode (fp16s or high), the warp recomputes it in
+// float32 from shifted terms. Scaled operands and this recomputation are our choice
+// (docs/notes/circuit_engine.md).
 #include "circuit_mma.cuh"
 
 namespace lora_ext {

@@ -1,12 +1,12 @@
 // Sum layers with one matrix per row: out[b, o] = log sum_i W[b, o, i] exp(l[b, i]).
 //
-// Forward: block (row, band of sums). The block keeps exp(l - max) in shared memory. A warp
+// Forward: one block per (row, band of sums). The block keeps exp(l - max) in shared memory. A warp
 // computes a sum and reads its weights once, 16 bytes per lane, with a running maximum. Bound:
 // bytes of W.
 //
-// Backward: block (row), because dl sums over o. A warp reads its weights twice, the second time
-// from L1, writes dw once and accumulates its part of dl in shared memory; the warps' parts are
-// added in order. Bound: bytes of W and dw.
+// Backward: one block per row, because dl sums over o. A warp reads its weights twice, the second
+// time from L1, writes dw once and accumulates its part of dl in shared memory; the warps' parts
+// are added in order. Bound: bytes of W and dw.
 //
 // The arithmetic of a sum depends only on its row, so a row's bits do not depend on its batch.
 #include "circuit_sum.cuh"
@@ -18,7 +18,7 @@ constexpr int kWarps = 8;
 constexpr int kThreads = kWarps * 32;
 constexpr int kBand = 64;  // sums per forward block
 
-// Writes exp(l - maximum) to shared memory; returns the maximum of l to all threads of the block.
+// Writes exp(l - maximum) to `value`, in shared memory. Returns the maximum to all threads.
 LX_DEVICE float scale_values(const float* l, int n, float* value, float* partial) {
     const BlockTeam block(partial);
     float top = kImpossible;
@@ -54,7 +54,8 @@ struct OnlineDot {
         }
         top = most;
     }
-    // Merges the sums of the warp's lanes and sets the row's base, to which they are then relative.
+    // Merges the sums of the warp's lanes and sets the base of the row. The merged sums are
+    // relative to this base.
     LX_DEVICE void merge(WarpWeights<T>& row) {
         const WarpTeam warp(nullptr);
         row.set_top(warp.reduce(top, larger));

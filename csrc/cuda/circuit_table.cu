@@ -1,9 +1,10 @@
-// Leaves of finite families, looked up in a table; formula in circuit_layers.h.
+// Leaves of variables with finitely many values, looked up in a table. The formula is in
+// circuit_layers.h.
 //
 // Forward: a thread per unit and lane, bound by the bytes written. Backward: a thread per entry of
-// the table iterates in order over the rows of data, which are few compared with the entries. For
-// logits, a warp per row of the table computes its norm before the lookup, and subtracts the
-// softmax's share after the flows.
+// the table iterates in order over the rows of data, which are few compared with the entries. If
+// the table contains logits, a warp per row computes the norm of the row before the lookup. In the
+// backward pass, a warp subtracts the share of the softmax from the flows of its row.
 #include "circuit_layers.cuh"
 
 namespace lora_ext {

@@ -153,11 +153,12 @@ struct OnlineSum {
 // ------------------------------------------------------------------------------------------------
 // One row of the batch
 
-// Floats between rows of probabilities in shared memory: eight lanes that store four floats each of
-// different rows access different banks.
+// Distance between rows of probabilities in shared memory, in floats: eight lanes that store four
+// floats each, in different rows, access different banks.
 constexpr int kProbabilityStride = kWarpStates + 4;
 
-// Returns the number of floats of the probabilities of a matrix that a warp may read.
+// Returns the number of floats in shared memory for the probabilities of one matrix, or 0 if a
+// block walks or there are no matrices.
 LX_HOST_DEVICE constexpr int64_t circuit_probability_floats(const CircuitParams& c) {
     const bool kept = c.components <= kWarpStates && circuit_num_transitions(c.kind, c.n_token) > 0;
     return kept ? kProbabilityStride * c.components : 0;
@@ -223,7 +224,7 @@ struct CircuitWalk {
         team.sync();
         return shift;
     }
-    // Computes x += y, normalises x and returns its shift; y may be in any memory.
+    // Adds y to x, normalises x and returns its shift. y may be in any memory.
     LX_DEVICE float add_to(float* x, const float* y) const {
         for_own([&](int z) { x[z] += y[z]; });
         return normalise(x);
@@ -265,11 +266,12 @@ struct CircuitWalk {
             });
         }
     }
-    // Returns P[z, j] of matrix `a`, whose rows have been taken.
+    // Returns P[z, j] of matrix `a`. take_row must have been called for row z.
     LX_DEVICE float p_at(const P* a, int z, int j) const {
         return kWarp ? probabilities[z * kProbabilityStride + j] : lx::exp_approx(log_p(a, z, j));
     }
-    // Calls f(j, P[z, j], log_p) for a row that this thread has taken; log_p() is the logarithm.
+    // Calls f(j, P[z, j], log_p) for a row z for which this thread has called take_row. log_p()
+    // returns the logarithm of P[z, j].
     template <class F>
     LX_DEVICE void for_probabilities(int64_t m, int z, F&& f) const {
         if constexpr (kWarp) {
@@ -310,7 +312,7 @@ struct CircuitWalk {
         return sum;
     }
 
-    // out[z'] = log sum_z exp(cur[z] + A[z, z'])
+    // Computes out[z'] = log sum_z exp(cur[z] + A[z, z']).
     LX_DEVICE void step(int64_t m, const float* cur, float* out) const {
         const float shift = shift_of(max_of(cur));
         for_own([&](int z) {
@@ -346,7 +348,7 @@ struct CircuitWalk {
         return sum.log();
     }
 
-    // out[z] = log sum_z' exp(A[z, z'] + up[z'])
+    // Computes out[z] = log sum_z' exp(A[z, z'] + up[z']).
     LX_DEVICE void project(int64_t m, const float* up, float* out) const {
         const float shift = shift_of(max_of(up));
         for_own([&](int z) { weights[z] = lx::exp_approx(up[z] - shift); });

@@ -16,8 +16,8 @@ namespace {
 
 constexpr int kAnyThreads = 256;
 
-// The weights of a row: given, or softmax(R n + c), where partial(e) is this thread's part of the
-// product of n with row e of R.
+// The weights that a router gives a row: softmax(R n + c). partial(e) must return this thread's
+// part of the product of n with row e of R.
 class Weights {
   public:
     static constexpr int kScratch = kMaxDepths * (kMixWarps + 1);
@@ -54,7 +54,7 @@ class Weights {
     float *weights_, *dots_;
 };
 
-// Computes to += weight * beta_e for the thread's elements.
+// Adds weight * beta_e to `to`, for the thread's elements.
 template <class T, class G>
 LX_DEVICE void add_beta(const DepthMixArgs& args, int e, const Columns<T>& columns, float weight,
                         float (&to)[kHeld][kPiece<T>]) {

@@ -150,7 +150,7 @@ LX_DEVICE void load_router(const DepthMixArgs& args, int e, int column, float (&
     }
 }
 
-// Calls f<T, G>() for the types of values and of gammas and betas.
+// Calls f<T, G>(), where T is the type of hidden states and G the type of gammas and betas.
 template <class F>
 LaunchStatus with_mix_types(const DepthMixArgs& args, F&& f) {
     return with_dtype(args.dtype, [&]<class T>() {

@@ -20,7 +20,7 @@ namespace {
 
 constexpr int kAnyThreads = 256;
 constexpr int kSumThreads = 128;
-constexpr int kSumBatch = 8;  // parts per thread in flight
+constexpr int kSumBatch = 8;  // parts per thread whose loads are in flight
 
 // The work of a block: rows [begin, end) of hidden state e.
 struct Task {
@@ -86,7 +86,7 @@ __global__ void __launch_bounds__(kMixThreads, 1)
     Scales<T, G> gamma;
     gamma.load(args.gamma[e], columns);
     float of_gamma[kHeld][P] = {}, of_beta[kHeld][P] = {};
-    // Without a router, the next row is loaded early. With one, there are too few registers.
+    // Without a router, the next row is loaded early. With a router, there are too few registers.
     Pieces<T> now_g, now_h, next_g, next_h;
     const auto load = [&](int64_t row, Pieces<T>& g, Pieces<T>& h) {
         g.load(dmixed_row<T>(args, row), columns);
@@ -105,7 +105,7 @@ __global__ void __launch_bounds__(kMixThreads, 1)
             next = load(lx::min(row + 1, task.end - 1), next_g, next_h);
         }
 
-        // G, the gradient of n_e; without a router, the factor w_e is applied later.
+        // `up` is G, the gradient of n_e. Without a router, the factor w_e is applied later.
         float up[kHeld][P];
 #pragma unroll
         for (int i = 0; i < kHeld; ++i) now_g.unpack(i, columns, up[i]);

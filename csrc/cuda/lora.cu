@@ -1,5 +1,6 @@
-// The LoRA launchers. The kernels depend only on sizes known to the host, so a captured graph
-// always contains the same kernels. Nothing here allocates or waits.
+// The LoRA launchers. They choose kernels only by sizes known to the host, so a captured graph
+// always contains the same kernels. No function here allocates memory or waits for the device. The
+// kernels for T tokens are:
 //
 //   T <= 256   chunks of 16 rows     shrink_decode, expand with four warps along the outputs
 //   T >  256   chunks of 64 or 128   shrink, expand with a warp per 16 rows
@@ -12,10 +13,10 @@ namespace {
 
 constexpr int kDecodeTokens = 256;
 
-// Returns the splits of the sum for large ranks at prefill. There are enough splits for 198 blocks,
-// that is, 1.5 for each multiprocessor of an H100. A multiprocessor holds two blocks, so many more
-// blocks would need a second wave. The number of splits is the same for every device, because it
-// determines the bits of the result.
+// Returns the division of the sum over in-features for large ranks at prefill. The number of splits
+// is chosen to give about 198 blocks, that is, 1.5 for each multiprocessor of an H100. A
+// multiprocessor holds two blocks, so many more blocks would need a second wave. The number of
+// splits is the same for every device, because it determines the bits of the result.
 SumOrder gemm_order(const LoraArgs& args) {
     const int64_t in = args.bank.in_features;
     const int64_t tiles = ceil_div(args.num_tokens, lora_chunk_rows(args.num_tokens)) *
@@ -50,8 +51,9 @@ Partials partials(const LoraArgs& args) {
 }
 
 // Returns whether the splits of v are summed in a separate launch before expand. At prefill, each
-// block of 512 outputs reads all splits; if these take more than about 16 MB, it is faster to sum
-// them first (estimated). The result is bitwise the same.
+// block of 512 outputs reads all splits. If one launch would read about 16 MB more than a sum and
+// an expand of this sum read together, two launches are faster (estimated). The result is bitwise
+// the same.
 bool sums_splits_first(const LoraArgs& args, const Partials& v) {
     const int64_t again = ceil_div(args.bank.out_features, 512) - 1;
     if (large_rank(args.bank)) return !v.scaled;
@@ -88,7 +90,7 @@ LaunchStatus run_shrink(const Module& module, void* stream) {
                            stream);
 }
 
-// With zero in-features or ranks the delta is zero.
+// Returns whether a module leaves y unchanged, because one of its sizes is zero.
 bool adds_nothing(const LoraArgs& args) {
     return empty(args) || args.bank.out_features == 0 || args.bank.in_features == 0;
 }
@@ -117,6 +119,12 @@ LaunchStatus apply_one(const LoraArgs& args, void* stream) {
 }
 
 }  // namespace
+
+bool lora_reads_float8(const LoraArgs& args) {
+    const bool shrinks = args.x, expands = args.y;
+    return args.dtype != DType::kFloat32 && is_decode(args) && !large_rank(args.bank) &&
+           (!shrinks || shrink_aligned(args)) && (!expands || expand_aligned(args));
+}
 
 int64_t lora_workspace_bytes(const LoraArgs& args) {
     if (empty(args) || args.bank.in_features == 0 || shrink_is_direct(args)) return 0;
@@ -159,7 +167,8 @@ LaunchStatus launch_lora_apply(std::span<const LoraArgs> modules, void* stream) 
     }
     const std::span<const Module> live(together, count);
     bool share = count > 1;
-    for (const Module& module : live) share = share && shares_launches(module.args);
+    for (const auto& [args, v] : live)
+        share = share && shares_launches(args) && args.bank.float8 == live[0].args.bank.float8;
     if (share) {
         if (const LaunchStatus status = run_shrink_decode(live, stream)) return status;
         return run_expand(live, true, stream);
@@ -221,8 +230,9 @@ void declare_common(const LoraArgs& args, lx::Access access) {
 
 void declare_a(const LoraArgs& args, lx::Access access) {
     const LoraBank& bank = args.bank;
-    const int64_t size = element_size(args.dtype);
+    int64_t size = element_size(args.dtype);
     LX_BUF_ROWS(args.x, args.num_tokens, bank.in_features * size, args.x_row_stride * size, access);
+    size = page_size(args);
     for_each_page(bank, bank.a, bank.a_slot_stride, bank.a_page_stride, size,
                   [&](const void* a_page, int ranks) {
                       LX_BUF_ROWS(a_page, ranks, bank.in_features * size, bank.a_row_stride * size,
@@ -232,7 +242,7 @@ void declare_a(const LoraArgs& args, lx::Access access) {
 
 void declare_b(const LoraArgs& args) {
     const LoraBank& bank = args.bank;
-    const int64_t size = element_size(args.dtype);
+    const int64_t size = page_size(args);
     for_each_page(bank, bank.b, bank.b_slot_stride, bank.b_page_stride, size,
                   [&](const void* b_page, int ranks) {
                       LX_BUF_ROWS(b_page, bank.out_features,

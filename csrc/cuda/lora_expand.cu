@@ -1,13 +1,14 @@
-// Expand: y[t, :] = round(y[t, :] + b[s] v[t, :]), and the sum of v over its splits.
+// Expand: y[t, :] = round(y[t, :] + b[s] v[t, :]), where s is the adapter of row t and v is first
+// summed over its splits.
 //
-// Block (tile, range of outputs, module). A warp owns 16 rows of one adapter and 32 outputs at a
-// time: v is operand A of mma, the rows of the B pages are operand B, loaded as in lora_tile.cuh.
-// Columns are numbered so that a lane holds 8 adjacent outputs of rows g and g + 8; y is read and
-// written once, 16 bytes per access. Loads are issued a step or a product ahead, so that an
-// iteration of a loop waits for memory once. Decode: the warps of a block share 16 rows and divide
-// the outputs; two memory round trips (find_tile) precede the first byte of B. Prefill: the warps
-// divide the rows of a chunk, and all but the first read B from L1; in a short chunk they also
-// divide the outputs. Bound: bytes of the B pages (decode), of y (prefill).
+// One block per (tile of rows, range of outputs, module). A warp owns 16 rows of one adapter and 32
+// outputs at a time: v is operand A of mma, the rows of the B pages are operand B, loaded as in
+// lora_tile.cuh. Columns are numbered so that a lane holds 8 adjacent outputs of rows g and g + 8
+// (g = lane / 4). y is read and written once, 16 bytes per access. Loads are issued a step or a
+// product ahead, so that an iteration of a loop waits for memory once. Decode: the warps of a block
+// share 16 rows and divide the outputs; two memory round trips (find_tile) precede the first byte
+// of B. Prefill: the warps divide the rows of a chunk, and all but the first read B from L1; in a
+// short chunk they also divide the outputs. Bound: bytes of the B pages (decode), of y (prefill).
 #include "lora_expand.cuh"
 
 namespace lora_ext {
@@ -22,21 +23,23 @@ constexpr int kDecodeBlocks = 4;
 #else
 constexpr int kDecodeBlocks = 5;
 #endif
-template <class T, bool kAligned, int kWarpsM>
-constexpr int kMinBlocks = kWarpsM > 1      ? 2
-                           : !kAligned      ? 3
-                           : sizeof(T) == 2 ? kDecodeBlocks
-                                            : 4;
+template <class P, bool kAligned, int kWarpsM>
+constexpr int kMinBlocks = kWarpsM > 1                ? 2
+                           : !kAligned                ? 3
+                           : std::is_same_v<P, float> ? 4
+                                                      : kDecodeBlocks;
 
-template <class T, bool kAligned, int kWarpsM, int kWarpsN, int kModules, bool kFactors>
-__global__ void __launch_bounds__(kWarpsM * kWarpsN * 32, kMinBlocks<T, kAligned, kWarpsM>)
+template <class P, bool kAligned, int kWarpsM, int kWarpsN, int kModules, bool kFactors>
+__global__ void __launch_bounds__(kWarpsM * kWarpsN * 32, kMinBlocks<P, kAligned, kWarpsM>)
     lora_expand_kernel(const __grid_constant__ Modules<kModules> modules,
                        const __grid_constant__ Tiling tiling, int block_outputs) {
+    using T = typename PagesOf<P>::Row;
+    using E = typename PagesOf<P>::Element;
     constexpr int kRows = kTileRows * kWarpsM;
     // The next launch may start at once. If it is a shrink, it waits before all its accesses.
     lx::grid_dependency_launch();
     LX_SHARED(int32_t, row_of, kRows);
-    LX_SHARED(const T*, page_of, kFusedPages);
+    LX_SHARED(const E*, page_of, kFusedPages);
     LX_SHARED(unsigned, row_max, kRows);
     LX_SHARED(float, unscale, kRows);
     LX_SHARED(Found, found, 1);
@@ -54,14 +57,15 @@ __global__ void __launch_bounds__(kWarpsM * kWarpsN * 32, kMinBlocks<T, kAligned
         if (!kFactors && !v.scaled && bank.scale) scale = bank.scale[slot];
     };
     const RowTile tile = find_tile<kRows>(args, tiling, static_cast<int>(blockIdx.x), row_of, also);
-    // The last blocks of a small sibling have no work: the grid covers the largest sibling.
+    // The grid fits the largest module, so smaller modules have blocks without work.
     if (tile.rank == 0 || (kModules > 1 && begin >= bank.out_features)) {
-        // No work, but wait anyway: the next grid waits for this grid, not the one that wrote v.
+        // They wait nevertheless: the next grid waits only for this grid, and therefore this grid
+        // must not end before the grid that writes v.
         lx::grid_dependency_wait();
         return;
     }
     static_assert(kFusedPages == lx::kWarpSize);
-    const T* const page = page_at<T, kAligned>(bank, bank.b, tile.slot, number, bank.b_slot_stride,
+    const E* const page = page_at<E, kAligned>(bank, bank.b, tile.slot, number, bank.b_slot_stride,
                                                bank.b_page_stride);
     if (lx::warp_id() == 0) page_of[lane] = page;
     const unsigned pages = lx::ballot_sync(lx::kFullMask, lane * kPageRanks < tile.rank && page);
@@ -73,10 +77,10 @@ __global__ void __launch_bounds__(kWarpsM * kWarpsN * 32, kMinBlocks<T, kAligned
     }
     const int end =
         static_cast<int>(lx::min<int64_t>(int64_t{begin} + block_outputs, bank.out_features));
-    using Work = Lane<T, kAligned, kWarpsM, kWarpsN>;
+    using Work = Lane<P, kAligned, kWarpsM, kWarpsN>;
 
-    // Loads that do not depend on v are issued before the wait for v.
-    Loads<T, kAligned> even{}, odd{};
+    // Loads of b and y do not depend on v and are issued before the wait for v.
+    Loads<P, kAligned> even{}, odd{};
     {
         const Work work(args, {tile.rows, tile.rank, pages}, end, page_of, row_of);
         const int o = begin + work.warp_n * kWarpOutputs;
@@ -92,7 +96,7 @@ __global__ void __launch_bounds__(kWarpsM * kWarpsN * 32, kMinBlocks<T, kAligned
     lx::syncthreads();
 
     const Work work(args, found[0], end, page_of, row_of);
-    if (work.warp_m * kTileRows >= work.found.rows) return;  // the whole warp
+    if (work.warp_m * kTileRows >= work.found.rows) return;  // the whole warp returns
     const int stride = work.stride;
     int o = begin + work.warp_n * kWarpOutputs;
     T* y_at[2] = {work.y_row[0] + o, work.y_row[1] + o};
@@ -105,9 +109,9 @@ __global__ void __launch_bounds__(kWarpsM * kWarpsN * 32, kMinBlocks<T, kAligned
     // two sets.)
     if constexpr (kAligned && sizeof(T) == 2) {
         if (work.blocks == 1 && work.found.rank % kVec<T> == 0) {
-            const T* const own_page = work.page(0);
+            const E* const own_page = work.page(0);
             const bool own = work.ranks(0) > 0;
-            const auto step = [&](Loads<T, kAligned>& now) {
+            const auto step = [&](Loads<P, kAligned>& now) {
                 float acc[4][4] = {};
                 work.multiply(acc, now.b, fragments, 0);
                 work.load_own_b(now.b, own_page, own, o + 2 * stride);
@@ -150,13 +154,14 @@ __global__ void __launch_bounds__(kWarpsM * kWarpsN * 32, kMinBlocks<T, kAligned
     }
 }
 
-template <class T, bool kAligned, int kWarpsM, int kWarpsN, int kModules, bool kFactors = false>
+template <class P, bool kAligned, int kWarpsM, int kWarpsN, int kModules, bool kFactors = false>
 LaunchStatus launch_expand(std::span<const Module> modules, int outputs, bool dependent,
                            void* stream) {
+    using T = typename PagesOf<P>::Row;
     if constexpr (!kFactors) {
         for (const Module& module : modules)
             if (has_factors(module.args) && !module.v.scaled)
-                return launch_expand<T, kAligned, kWarpsM, kWarpsN, kModules, true>(
+                return launch_expand<P, kAligned, kWarpsM, kWarpsN, kModules, true>(
                     modules, outputs, dependent, stream);
     }
     constexpr int kRows = kTileRows * kWarpsM;
@@ -168,16 +173,16 @@ LaunchStatus launch_expand(std::span<const Module> modules, int outputs, bool de
     const int fragments = fragment_bytes<T, kRows>(
         static_cast<int>(largest(modules, [](const LoraBank& bank) { return bank.max_rank; })));
     // With kDecodeShared as the minimum, five decode blocks use as much shared memory as four
-    // blocks of shrink, about 37 KiB with static and reserved memory. A multiprocessor then need
-    // not finish the blocks of one kernel, to change its configuration, before it runs the other.
+    // blocks of shrink, about 37 KiB with static and reserved memory. A multiprocessor can then run
+    // both kernels without first finishing all blocks of one to change its memory configuration.
     const int bytes = lx::max(fragments, kWarpsM == 1 ? kDecodeShared : 0);
     constexpr int kThreads = kWarpsM * kWarpsN * 32;
     const Modules<kModules> all(modules);
     return dependent
                ? LX_LAUNCH_PDL(
-                     (lora_expand_kernel<T, kAligned, kWarpsM, kWarpsN, kModules, kFactors>), grid,
+                     (lora_expand_kernel<P, kAligned, kWarpsM, kWarpsN, kModules, kFactors>), grid,
                      kThreads, bytes, stream, all, tiling(args, kRows), outputs)
-               : LX_LAUNCH((lora_expand_kernel<T, kAligned, kWarpsM, kWarpsN, kModules, kFactors>),
+               : LX_LAUNCH((lora_expand_kernel<P, kAligned, kWarpsM, kWarpsN, kModules, kFactors>),
                            grid, kThreads, bytes, stream, all, tiling(args, kRows), outputs);
 }
 
@@ -236,6 +241,15 @@ LaunchStatus run_expand(std::span<const Module> modules, bool dependent, void* s
         const auto few = [&](int blocks) {
             return chunk_rows == 16 ? decode_outputs(modules, blocks) : 256;
         };
+        if constexpr (sizeof(T) == 2) {
+            if (bank.float8) {
+                const int outputs = few(kMinBlocks<Float8<T>, true, 1>);
+                return modules.size() > 1 ? launch_expand<Float8<T>, true, 1, 4, kMaxSiblings>(
+                                                modules, outputs, dependent, stream)
+                                          : launch_expand<Float8<T>, true, 1, 4, 1>(
+                                                modules, outputs, dependent, stream);
+            }
+        }
         if (modules.size() > 1)
             return launch_expand<T, true, 1, 4, kMaxSiblings>(modules, few(kMinBlocks<T, true, 1>),
                                                               dependent, stream);

@@ -68,35 +68,38 @@ struct Found {
 };
 
 // Registers for the B of one product and the y of one step.
-template <class T, bool kAligned>
+template <class P, bool kAligned>
 struct Loads {
-    uint4 b[4];
-    Outputs<T, kAligned> y[2];
+    typename PagesOf<P>::Words b[4];
+    Outputs<typename PagesOf<P>::Row, kAligned> y[2];
 };
 
 // Addresses and counts that a lane needs for its loads, products and stores. They are computed
 // twice: for the loads before the wait, and again from shared memory once the fragments are built,
 // so that they take no registers while the splits of v are summed.
-template <class T, bool kAligned, int kWarpsM, int kWarpsN>
+template <class P, bool kAligned, int kWarpsM, int kWarpsN>
 struct Lane {
+    using T = typename PagesOf<P>::Row;
+    using E = typename PagesOf<P>::Element;
+    using Words = typename PagesOf<P>::Words;
     const LoraArgs& args;
-    const T* const* page_of;
+    const E* const* page_of;
     const Found found;
-    const int end;  // of the block's outputs
+    const int end;  // end of the outputs of the thread block
     const int lane = lx::lane_id(), g = lane / 4, t = lane % 4;
     // Column c of the j-th of four mma is output 8 (c / 2) + 2j + c % 2 of the warp's 32.
     const int first_output = 8 * (g / 2) + g % 2;
     const int blocks = (found.rank + kBlockRanks<T> - 1) / kBlockRanks<T>;
     int warp_m, warp_n;
-    int stride;    // outputs from a step of the warp to its next one
+    int stride;    // outputs between two consecutive steps of the warp
     T* y_row[2];   // output 8 t of rows g and g + 8
     int y_end[2];  // the step at output o has outputs of this lane in row g + 8 h if o < y_end[h]
 
-    LX_DEVICE Lane(const LoraArgs& args, const Found& found, int end, const T* const* page_of,
+    LX_DEVICE Lane(const LoraArgs& args, const Found& found, int end, const E* const* page_of,
                    const int32_t* row_of)
         : args(args), page_of(page_of), found(found), end(end) {
         // The number of warps along the rows is the smallest power of two that covers the tile's
-        // rows; the remaining factor of the number of warps divides the outputs.
+        // rows. Along the outputs, there are kWarpsM * kWarpsN divided by this number.
         int log_m = 0;
         while ((1 << log_m) < kWarpsM && (kTileRows << log_m) < found.rows) ++log_m;
         warp_m = lx::warp_id() & ((1 << log_m) - 1), warp_n = lx::warp_id() >> log_m;
@@ -111,50 +114,61 @@ struct Lane {
         }
     }
     LX_DEVICE static int rank_of(int block, int t) { return block * kBlockRanks<T> + t * kVec<T>; }
-    // Returns the number of the adapter's ranks from this lane's first rank of the block on. If it
-    // is not positive, the lane has no ranks in the block.
+    // Returns the adapter's rank minus this lane's first rank in a block of ranks, or 0 if the page
+    // is missing. If the result is not positive, the lane has no ranks in the block.
     LX_DEVICE int ranks(int block) const {
         const int rank = rank_of(block, t);
         return found.pages >> rank / kPageRanks & 1 ? found.rank - rank : 0;
     }
     // Returns the address of this lane's ranks of output 0, or another valid address if the lane
     // has no ranks.
-    LX_DEVICE const T* page(int block) const {
+    LX_DEVICE const E* page(int block) const {
         const int rank = rank_of(block, t);
         return page_of[ranks(block) > 0 ? rank / kPageRanks : lx::ffs(found.pages) - 1] +
                rank % kPageRanks;
     }
-    // Returns the address of an output's ranks; for an output beyond the last, that of the last.
-    LX_DEVICE const T* b_row(const T* page, int o, int j) const {
+    // Returns the address of the ranks of an output. For outputs beyond the last one, returns that
+    // of the last one.
+    LX_DEVICE const E* b_row(const E* page, int o, int j) const {
         const int output = lx::min(o + first_output + 2 * j, end - 1);
         return row_at<kAligned>(page, output, args.bank.b_row_stride);
     }
     // Loads the B of a step, even if the lane has no ranks in the block.
-    LX_DEVICE void load_b(uint4 (&b)[4], int block, int o) const {
-        const T* const at = page(block);
+    LX_DEVICE void load_b(Words (&b)[4], int block, int o) const {
+        const E* const at = page(block);
 #pragma unroll
         for (int j = 0; j < 4; ++j) {
-            const T* const row = b_row(at, o, j);
+            const E* const row = b_row(at, o, j);
             if constexpr (kAligned)
-                b[j] = lx::load_global(reinterpret_cast<const uint4*>(row));
+                b[j] = lx::load_global(reinterpret_cast<const Words*>(row));
             else
                 b[j] = load_words<T, false>(row, ranks(block));
         }
     }
     // Loads the B of a step if `own`, that is, if the lane has ranks; otherwise b keeps its value.
-    LX_DEVICE void load_own_b(uint4 (&b)[4], const T* page, bool own, int o) const {
+    LX_DEVICE void load_own_b(Words (&b)[4], const E* page, bool own, int o) const {
 #pragma unroll
         for (int j = 0; j < 4; ++j) {
-            const T* const row = b_row(page, o, j);
-            if (own) b[j] = lx::load_global(reinterpret_cast<const uint4*>(row));
+            const E* const row = b_row(page, o, j);
+            if (own) b[j] = lx::load_global(reinterpret_cast<const Words*>(row));
         }
     }
     // Copies b to `own`, with zeros for ranks that the adapter does not have.
-    LX_DEVICE void keep_own(uint4 (&own)[4], const uint4 (&b)[4], int block) const {
-        const uint4 mask = keep_elements<T>({~0u, ~0u, ~0u, ~0u}, ranks(block));
+    LX_DEVICE void keep_own(Words (&own)[4], const Words (&b)[4], int block) const {
+        if constexpr (std::is_same_v<P, T>) {
+            const uint4 mask = keep_elements<T>({~0u, ~0u, ~0u, ~0u}, ranks(block));
 #pragma unroll
-        for (int j = 0; j < 4; ++j)
-            own[j] = {b[j].x & mask.x, b[j].y & mask.y, b[j].z & mask.z, b[j].w & mask.w};
+            for (int j = 0; j < 4; ++j)
+                own[j] = {b[j].x & mask.x, b[j].y & mask.y, b[j].z & mask.z, b[j].w & mask.w};
+        } else {
+            const int n = ranks(block);
+            const auto first = [n](int skip) {  // mask of the first n bytes of eight
+                return n <= skip ? 0u : n < skip + 4 ? (1u << 8 * (n - skip)) - 1 : ~0u;
+            };
+            const uint2 mask = {first(0), first(4)};
+#pragma unroll
+            for (int j = 0; j < 4; ++j) own[j] = {b[j].x & mask.x, b[j].y & mask.y};
+        }
     }
     // Loads the y of the step at output o, `ahead` elements after y_at. The registers of outputs
     // that do not exist keep their values.
@@ -165,8 +179,16 @@ struct Lane {
         for (int h = 0; h < 2; ++h)
             if (o < y_end[h]) y[h].template load<kEarly>(y_at[h] + ahead, y_end[h] - o);
     }
-    LX_DEVICE void multiply(float (&acc)[4][4], const uint4 (&b)[4], unsigned char* fragments,
-                            int block) const {
+    LX_DEVICE void multiply(float (&acc)[4][4], const Words (&of_pages)[4],
+                            unsigned char* fragments, int block) const {
+        uint4 b[4];
+#pragma unroll
+        for (int j = 0; j < 4; ++j) {
+            if constexpr (std::is_same_v<P, T>)
+                b[j] = of_pages[j];
+            else
+                b[j] = widen_float8<T>(of_pages[j]);
+        }
 #pragma unroll
         for (int part = 0; part < kParts<T>; ++part) {
 #pragma unroll

@@ -1,9 +1,9 @@
 // Fragments of v, the operands of mma that the warps of an expand read from shared memory.
 //
-// v is float32. For 16-bit types it is split into high + low: two products, which keep 16 bits of v
-// (bfloat16) or 22 (float16). With float16, the largest entry of each row is first scaled to
-// [2^14, 2^15) by a power of two, so that a large v does not overflow and a small v does not lose
-// its low part.
+// v is float32. For a 16-bit type, v is split into high + low, each of this type. The two products
+// keep 16 bits of v (bfloat16) or 22 bits (float16). With float16, the largest entry of each row is
+// first scaled to [2^14, 2^15) by a power of two, so that a large v does not overflow and a small v
+// does not lose its low part.
 #pragma once
 
 #include "lora_kernels.cuh"
@@ -46,8 +46,9 @@ LX_DEVICE void build_fragments(const LoraArgs& args, const Partials& v, const Ro
             row_max[i] = 0;
         lx::syncthreads();
     }
-    // Item (row, block, t): the ranks of one row and block that lane t of four loads. A thread
-    // stores four ranks (a quad) at a time: a whole item of float32, or half of a 16-bit item.
+    // An item (row, block, t) consists of the ranks of one row and block that lane t of four loads.
+    // A thread stores four ranks (a quad) at a time: a whole item of float32, or half of a 16-bit
+    // item.
     constexpr unsigned kHalves = kVec<T> / 4;
     struct Quad {
         int row, block, t, half;
@@ -83,7 +84,7 @@ LX_DEVICE void build_fragments(const LoraArgs& args, const Partials& v, const Ro
     const bool wide = reinterpret_cast<uintptr_t>(v.data) % 16 == 0 && v.row_floats % 4 == 0 &&
                       v.row_stride % 4 == 0 && v.split_stride % 4 == 0;
     const unsigned first = static_cast<unsigned>(lx::thread_rank());
-    for (unsigned number = first; number < quads; number += blockDim.x) {  // whole warps
+    for (unsigned number = first; number < quads; number += blockDim.x) {  // multiple of 32
         const Quad quad = quad_of(number);
         const int row = quad.row;
         const int rank = quad.block * kBlockRanks<T> + quad.t * kVec<T> + quad.half * 4;
@@ -116,11 +117,12 @@ LX_DEVICE void build_fragments(const LoraArgs& args, const Partials& v, const Ro
             if constexpr (kFactors) value[i] = i < n ? value[i] * weight : 0.0f;
         }
         if constexpr (kNormalise) {
-            // Scaling needs the row's largest entry. Until it is found, the floats of the item are
-            // stored in the memory of the item's high and low parts.
+            // Scaling needs the row's largest entry. Until this entry is known, the floats are
+            // stored where the high and low parts will be.
             const float largest = fmaxf(fmaxf(fabsf(value[0]), fabsf(value[1])),
                                         fmaxf(fabsf(value[2]), fabsf(value[3])));
-            // As integers, nonnegative floats have the same order as the floats.
+            // The bits of nonnegative floats, compared as integers, have the same order as the
+            // floats.
             lx::atomic_max(&row_max[row], lx::bit_cast<unsigned>(largest));
             uint32_t* const at = words_of(quad);
 #pragma unroll

@@ -1,5 +1,6 @@
 // Products of gathered rows for large ranks (lora_kernels.cuh: large_rank). If the rank is as large
-// as the width of a row, all four products are bound by arithmetic:
+// as the width of a row, all four products are bound by arithmetic (s: adapter of row t; c:
+// scale[s] / (1 - p)):
 //
 //   kShrink    v[t, :]  = c * a[s] (mask * x[t, :])                  columns are ranks
 //   kProject   dv[t, :] = c * dy[t, :] b[s]                          columns are ranks
@@ -7,19 +8,20 @@
 //   kInput     dx[t, :] = round(dx[t, :] + mask * (dv[t, :] a[s]))   columns are in-features
 //
 // One kernel template has four variants: left (x, dy, v or dv, its rows gathered through the plan)
-// times right (a or b). Block (16, 64 or 128 rows of one adapter, 128 columns), four warps of up to
-// 64 x 64. A stage holds 128 bytes of each row of left and the corresponding k of right. cp.async
-// fills a ring of stages of at most 96 KiB, so that two blocks fit a multiprocessor and one fits
-// any device. Ranks are iterated over or divided like any other axis: no array in registers or
-// shared memory grows with the rank, and a block stops at the adapter's rank.
+// times right (a or b). A block computes 16, 64 or 128 rows of one adapter and 128 columns with
+// four warps of up to 64 x 64. A stage holds 128 bytes of each row of left and the corresponding k
+// of right. cp.async fills a ring of stages of at most 96 KiB, so that two blocks fit a
+// multiprocessor and one fits any device. Ranks are iterated over or divided like any other axis:
+// no array in registers or shared memory grows with the rank, and a block stops at the adapter's
+// rank.
 //
 // Right has the same layout in shared memory as in global memory: column by column (a for kShrink,
 // b for kExpand), or k by k (kProject, kInput), transposed by ldmatrix.trans. 16-byte pieces are
 // permuted within a row so that neither cp.async nor the reads have bank conflicts.
 //
-// v and dv are float32. With a 16-bit right each warp splits its floats in registers:
+// v and dv are float32. If right has 16 bits, each warp splits floats of left in registers:
 //   bfloat16   v = high + low, two m16n8k16
-//   float16    right as floats, exact in tf32; v = high + low in tf32: any magnitude of v
+//   float16    right is exact in tf32, v = high + low in tf32 (with the range of float32)
 //
 // The products of an element are added in the order of k to one sum per slice of k, and then the
 // sums of the slices are added in order. The result therefore depends neither on the tile nor on
@@ -38,7 +40,7 @@ struct Gemm {
     int width;  // in- or out-features: k of a projection, columns of an update
     void* out;  // v or dv, or their partial sums; y or dx
     int64_t out_row_stride;
-    int row_tiles;  // block x: row tile x % row_tiles, column tile x / row_tiles
+    int row_tiles;  // block x has row tile x % row_tiles and column tile x / row_tiles
     // Projections: a block sums slice_count slices of k, from slice blockIdx.y * slice_count on.
     int slice_width, slice_count;
     int64_t split_stride;  // elements between partial sums
@@ -54,7 +56,7 @@ __global__ void __launch_bounds__(kGemmThreads, (GemmShape<T, kProduct, kRows>::
     if constexpr (kProduct == Product::kShrink || kProduct == Product::kExpand)
         lx::grid_dependency_launch();
     LX_SHARED(int32_t, row_of, kRows);
-    LX_SHARED(const Left*, left_of, kRows);      // rows of left; if missing, the first row
+    LX_SHARED(const Left*, left_of, kRows);      // rows of left; the first one for missing rows
     LX_SHARED(const T*, rank_of, kGemmColumns);  // kShrink: rows of a, or nullptr if missing
     LX_DYN_SHARED(ring);
     const LoraBank& bank = args.lora.bank;
@@ -64,7 +66,8 @@ __global__ void __launch_bounds__(kGemmThreads, (GemmShape<T, kProduct, kRows>::
     const int first_column = index / args.row_tiles * kGemmColumns;
     const int columns = lx::min((G::kUpdate ? args.width : tile.rank) - first_column, kGemmColumns);
     if (tile.rank == 0 || columns <= 0) {
-        // No work, but wait anyway: the next grid waits for this grid, not the one that wrote v.
+        // A block without work also waits: the next grid waits only for this grid, and therefore
+        // this grid must not end before the grid that writes v.
         if constexpr (kProduct == Product::kExpand) lx::grid_dependency_wait();
         return;
     }
@@ -113,6 +116,8 @@ __global__ void __launch_bounds__(kGemmThreads, (GemmShape<T, kProduct, kRows>::
             [&](int i) { return to + i * kLeftRowStep * G::kLeftRow; },
             [&](int i) { return Piece<Left>{left_of[left_row + i * kLeftRowStep] + k, n}; });
     };
+    // Copies rows of a (kShrink) or of b (kExpand), one per column, or rows of b (kProject) or of a
+    // (kInput), one per k.
     const auto fill_right = [&](int step) {
         const int piece = thread % G::kRightPieces, element = piece * kVec<T>;
         const int first_row = thread / G::kRightPieces;
@@ -162,7 +167,7 @@ __global__ void __launch_bounds__(kGemmThreads, (GemmShape<T, kProduct, kRows>::
             });
         }
     };
-    // The thread that copied elements of x applies their mask.
+    // The thread that copied elements of x applies the dropout mask to them.
     const auto drop = [&](int step) {
         if (kProduct != Product::kShrink || args.dropout.threshold == 0) return;
         const Mask mask = mask_of(args.dropout, args.lora, tiling, tile);
@@ -172,7 +177,7 @@ __global__ void __launch_bounds__(kGemmThreads, (GemmShape<T, kProduct, kRows>::
             drop_piece<Left>(left_at(step, row), mask, mask.row(row, row_of[row]), k);
     };
 
-    // Loads that do not depend on v are issued before the wait for v.
+    // Loads of right do not depend on v and are issued before the wait for v.
 #pragma unroll
     for (int s = 0; s < G::kStages - 1; ++s)
         if (s < steps) fill_right(s);
@@ -195,6 +200,7 @@ __global__ void __launch_bounds__(kGemmThreads, (GemmShape<T, kProduct, kRows>::
             if (active)
                 multiply<G, T>(sums, stage, stage + kRows * G::kLeftRow, warp_row, warp_column);
         }
+        // kShrink, kProject: store the sums of the slice, or add them to those of earlier slices.
         if constexpr (!G::kUpdate) {
             if (!active) continue;
             // The sum of the slices so far is stored in the output; only this lane reads it again.
@@ -229,6 +235,8 @@ __global__ void __launch_bounds__(kGemmThreads, (GemmShape<T, kProduct, kRows>::
     }
     lx::cp_async_wait_all();
 
+    // kExpand, kInput: the sums pass through shared memory, so that a thread updates whole pieces
+    // of a row of out.
     if constexpr (G::kUpdate) {
         lx::syncthreads();  // the ring has been read
         float* const delta = reinterpret_cast<float*>(ring);
@@ -291,12 +299,12 @@ __global__ void __launch_bounds__(kGemmThreads, (GemmShape<T, kProduct, kRows>::
     }
 }
 
-// Maximum rows of a tile: a chunk, or half of it if floats become two tf32, for lack of registers.
+// Maximum rows per tile: 128, or 64 if floats are split into two tf32, which takes registers.
 template <class T, Product kProduct>
 constexpr int kMostRows = GemmShape<T, kProduct, 64>::kTf32 ? 64 : 128;
 
 // ------------------------------------------------------------------------------------------------
-// Host side: left, right and out of a Gemm, then its launch.
+// Host side: functions that set left, right and out of a Gemm, and its launch.
 
 inline Gemm gemm_of(const LoraArgs& lora, const void* left, int64_t left_row_stride,
                     int64_t left_element) {

@@ -5,8 +5,8 @@ namespace lora_ext {
 namespace {
 
 // Computes v[t, j] = c * sum of the splits. v may overlap the splits, because a warp writes an
-// element only after it has read the splits of this element. Block: 16 rows of one adapter, 128
-// ranks. The loads of up to eight splits of an element are in flight together.
+// element only after it has read the splits of this element. A block computes 128 ranks of 16 rows
+// of one adapter. The loads of up to eight splits of an element are in flight together.
 __global__ void __launch_bounds__(kGemmThreads)
     lora_gemm_reduce_kernel(const __grid_constant__ LoraArgs args,
                             const __grid_constant__ Tiling tiling,
@@ -21,7 +21,7 @@ __global__ void __launch_bounds__(kGemmThreads)
     }
     lx::syncthreads();  // row_of is complete
     const float factor = inverse_keep * (args.bank.scale ? args.bank.scale[tile.slot] : 1.0f);
-    // Four ranks per lane. For missing ranks, the block's first ranks are read instead.
+    // Each lane sums four ranks. Lanes without ranks read the first ranks of the block instead.
     const int rank = first + lx::lane_id() * 4, n = tile.rank - rank;
     lx::grid_dependency_wait();
     for (int i = lx::warp_id(); i < tile.rows; i += kGemmThreads / lx::kWarpSize) {

@@ -82,7 +82,7 @@ LX_DEVICE void copy_pieces(bool whole, bool aligned, To&& to, PieceOf&& piece_of
     }
 }
 
-// Loads operand B of the warp's column tiles for kMmaK of a stage.
+// Loads operand B of the warp's column tiles: kMmaK values of the stage, from `k` on.
 template <class G, class T>
 LX_DEVICE void load_right(uint32_t (&w)[G::kTilesN][2], const unsigned char* right, int column,
                           int k) {
@@ -98,7 +98,7 @@ LX_DEVICE void load_right(uint32_t (&w)[G::kTilesN][2], const unsigned char* rig
                     right + row * G::kRightRow + G::right_piece(row, at / 4) * kPieceBytes)[at % 4];
             }
         } else {
-            // Matrices of this load: both halves of k of one column tile, then of the next.
+            // ldmatrix loads both halves of k of one column tile, then of the next.
             uint32_t four[4];
             if constexpr (G::kTurned) {
                 const int row = k + lane % 16, piece = column / 8 + j + lane / 16;
@@ -116,7 +116,7 @@ LX_DEVICE void load_right(uint32_t (&w)[G::kTilesN][2], const unsigned char* rig
     }
 }
 
-// sums += left right over one stage, for the warp's rows and columns.
+// Adds the product of left and right over one stage to the sums of the warp's rows and columns.
 template <class G, class T>
 LX_DEVICE void multiply(typename G::Sums& sums, const unsigned char* left,
                         const unsigned char* right, int warp_row, int warp_column) {
@@ -129,7 +129,7 @@ LX_DEVICE void multiply(typename G::Sums& sums, const unsigned char* left,
         for (int m = 0; m < G::kTilesM; ++m) {
             const int first = warp_row + m * kTileRows;
             if constexpr (!G::kParted) {
-                // Matrices of this load: rows 0-7 and 8-15 of the first half of k, then of the
+                // ldmatrix loads rows 0-7 and 8-15 of the first half of k, then of the
                 // second.
                 uint32_t xf[4];
                 const int row = first + lane % 16, piece = k / kVec<T> + lane / 16;
@@ -138,7 +138,8 @@ LX_DEVICE void multiply(typename G::Sums& sums, const unsigned char* left,
 #pragma unroll
                 for (int j = 0; j < G::kTilesN; ++j) mma_step<T>(sums[m][j], xf, w[j]);
             } else {
-                // Rows g and g + 8 of the first half of k, then of the second: k 2t and 2t + 1.
+                // v contains elements 2t and 2t + 1 of rows g and g + 8, first those of the first
+                // half of k.
                 float2 v[4];
 #pragma unroll
                 for (int i = 0; i < 4; ++i) {

@@ -1,14 +1,14 @@
 // Gradients of adapters of large ranks, sums over the rows t of one adapter:
 //   db[s] = sum_t dy[t, :]^T v[t, :]            da[s] = sum_t dv[t, :]^T (mask * x[t, :])
 //
-// Like lora_train_weights_kernel, but with tiles so large that arithmetic is the bound, as in
-// lora_gemm.cuh:
-// block (adapter, 128 columns of x or dy, 128 ranks of v or dv), four warps of 64 x 64. A stage is
-// 32 rows, gathered through the plan. cp.async fills a ring of four stages, and the row numbers are
-// read one stage earlier. ldmatrix.trans transposes x to operand A; the floats of v are split into
-// operand B in registers:
+// The kernel differs from lora_train_weights_kernel in its tiles, which are so large that
+// arithmetic is the bound, as in lora_gemm.cuh. A block has four warps of 64 x 64 and computes 128
+// columns of x or dy times 128 ranks of v or dv of one adapter. A stage is 32 rows, gathered
+// through the plan. cp.async fills a ring of four stages, and the row numbers are read one stage
+// earlier. ldmatrix.trans transposes x to operand A; the floats of v are split into operand B in
+// registers:
 //   bfloat16   v = high + low, two m16n8k16
-//   float16    x as floats, exact in tf32; v = high + low in tf32: any magnitude of v
+//   float16    x is exact in tf32, v = high + low in tf32 (with the range of float32)
 //   float32    x and v as high + low in tf32, three products
 // Splitting a float into two tf32 needs more registers, so float16 and float32 use 64 columns.
 //
@@ -54,16 +54,17 @@ struct Shape {
 };
 
 struct Grid {
-    int bands, groups;  // block: (adapter, band, group), groups fastest, as they share x
+    int bands, groups;  // block (adapter, band, group); groups vary fastest, as they share x
     bool x_aligned, v_aligned;
-    int64_t perm, slot_begin;  // in the plan
+    int64_t perm, slot_begin;  // offsets in the plan
 };
 
 LX_DEVICE float float_at(const unsigned char* row, int piece, int element) {
     return reinterpret_cast<const float*>(row + piece * kPieceBytes)[element];
 }
 
-// sums += the rows [0, rows) of a stage, a multiple of sixteen, with zeros for missing rows.
+// Adds the products of the rows [0, rows) of a stage to `sums`. `rows` is a multiple of sixteen;
+// missing rows contain zeros.
 template <class T>
 LX_DEVICE void multiply(typename Shape<T>::Sums& sums, const unsigned char* x,
                         const unsigned char* v, int rows, int warp_column, int warp_rank) {
@@ -79,8 +80,8 @@ LX_DEVICE void multiply(typename Shape<T>::Sums& sums, const unsigned char* x,
         if constexpr (sizeof(T) == 2) {
 #pragma unroll
             for (int m = 0; m < S::kTilesM; ++m) {
-                // Matrices of this load: rows 0-7 of columns 0-7 and 8-15, then rows 8-15 of both;
-                // transposed.
+                // ldmatrix loads and transposes rows 0-7 of columns 0-7 and 8-15, then rows 8-15
+                // of both.
                 const int row = k + lane / 16 * 8 + lane % 8;
                 const int piece = warp_column / 8 + 2 * m + lane / 8 % 2;
                 lx::ldmatrix_x4_trans(xf[m],
@@ -106,7 +107,8 @@ LX_DEVICE void multiply(typename Shape<T>::Sums& sums, const unsigned char* x,
                 for (int m = 0; m < S::kTilesM; ++m) lx::mma_m16n8k16<T>(sums[m][j], xf[m], high);
             }
         } else {
-            // Two steps of eight rows. Lane t has rows 2t and 2t + 1 as k = t and t + 4 of an mma.
+            // Two steps of eight rows. Lane t passes rows 2t and 2t + 1 as k = t and t + 4 of an
+            // mma.
 #pragma unroll
             for (int half = 0; half < 2; ++half) {
                 const int row = k + 8 * half + 2 * t;
@@ -205,7 +207,7 @@ __global__ void __launch_bounds__(kThreads, 2)
                 grid.v_aligned);
         }
     };
-    // The thread that copied elements of x applies their mask.
+    // The thread that copied elements of x applies the dropout mask to them.
     const auto drop = [&](int step) {
         if (args.dropout.threshold == 0) return;
         const Mask mask = mask_of(args.dropout, slot, 0);

@@ -5,14 +5,15 @@
 //   gram_b[i, j] = sum over k of b[k, i] b[k, j]         b (O, r)
 //   stats        = sum over (i, j) of gram_a .* (b^T b, p^T p, p^T b, (p - b)^T (p - b))
 //
-// Block (item, adapter). An item is a tile of 64 x 64 ranks; tiles of gram_a and gram_b above the
-// diagonal are not computed. The table of adapters (500 per launch) is passed to the kernel by
-// value, so nothing is copied to the device, and a captured graph needs no host memory.
+// There is one block per (item, adapter). An item is a tile of 64 x 64 ranks; tiles of gram_a and
+// gram_b above the diagonal are not computed. The table of adapters (500 per launch) is passed to
+// the kernel by value, so nothing is copied to the device, and a captured graph needs no host
+// memory.
 //
-// A sum first adds the elements of one step that a group of threads reads, then the steps, then the
-// groups in a tree (lora_gram.cuh). This order depends only on the rank and the length. Bound: the
-// bytes of the factors, which are read from memory once. Above 64 ranks, and for the four products
-// of stats, they are read again from L2.
+// The elements of a sum are added in a fixed order: those that a group of threads reads in one
+// step, then the steps, then the groups, in a tree (lora_gram.cuh). The order depends only on the
+// rank and the number of elements. Bound: the bytes of the factors, which are read from memory
+// once. Above 64 ranks, and for the four products of stats, they are read again from L2.
 #include "lora_gram.cuh"
 
 namespace lora_ext {
@@ -123,8 +124,8 @@ __global__ void __launch_bounds__(kGramThreads, 1)
     for (int k = 0; k < 4; ++k) out[k] = stats[k];
 }
 
-// Launches a kernel for 500 adapters at a time: launch.operator()<T>(grid, table), where T is the
-// type of the factors.
+// Calls launch.operator()<T>(grid, table), which launches a kernel, for every 500 adapters. T is
+// the type of the factors.
 template <class F>
 LaunchStatus launch_tables(const GramArgs& args, int64_t (*items_of)(int64_t), int64_t result_bytes,
                            F&& launch) {

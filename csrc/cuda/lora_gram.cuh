@@ -1,4 +1,5 @@
-// Product of two sides, up to 64 ranks each of factors a or b, over their long axis.
+// Product of two sides over their long axis. A side has up to 64 ranks of a factor a or b. The long
+// axis is the in-features of a or the outputs of b.
 //
 // A block iterates over the long axis in steps of 4096 elements (16-bit types with float sums:
 // 8192, doubles: 2048). All threads load the next step, in pieces of 16 bytes, while they sum the
@@ -28,8 +29,9 @@ constexpr int kGramLogStep = sizeof(T) == 8                     ? 11
                                                                 : 12;
 template <class T, class S>
 constexpr int kGramPieces =
-    (1 << kGramLogStep<T, S>) / kGramVec<T> / kGramThreads;  // per thread and step, even
-// Size of shared memory in numbers: for the elements of a step, or for the sums of the groups.
+    (1 << kGramLogStep<T, S>) / kGramVec<T> / kGramThreads;  // pieces per thread and step; even
+// Size of shared memory, counted in numbers of type S. It holds the elements of a step and later
+// the sums of the groups.
 template <class T, class S>
 constexpr int kGramShared =
     lx::max(1 << kGramLogStep<T, S>, kGramThreads* kGramSums) + 2 * kGramRanks * kGramPad;
@@ -105,7 +107,7 @@ struct GramPart {
     }
 };
 
-// Adds the sums of all groups; group 0 has the result. shared: kGramThreads * kCount numbers.
+// Adds the sums of all groups to those of group 0. shared: kGramThreads * kCount numbers.
 template <class S, int kCount>
 LX_DEVICE void add_groups(S (&sum)[kCount], int group, int groups, int lanes, S* shared) {
     const int thread = lx::thread_rank();

@@ -1,13 +1,12 @@
 // The plan (rows of a batch, stably grouped by adapter), and adapter ids of contiguous segments.
 //
-// One block of 1024 threads. Rows are sorted in shared memory, a tile of 8192 at a time (fewer if
-// shared memory is small), by a radix sort with digits of five bits: each thread scans one of 1024
-// counters, 32 digits x 32 warps. A warp owns a contiguous range of rows and places them in
-// order, so the sort is stable and no result depends on timing. Slot boundaries are then found by
-// bisection of the sorted ids. If there are several tiles, they are sorted one after another, and
-// the plan's memory holds the next free position of each slot. Only this case uses atomics, to
-// count the rows of each slot.
-// Bound: latency, not bytes.
+// The kernel is one block of 1024 threads. Rows are sorted in shared memory, a tile of 8192 at a
+// time (fewer if shared memory is small), by a radix sort with digits of five bits: each thread
+// scans one of 1024 counters, 32 digits x 32 warps. A warp owns a contiguous range of rows and
+// places them in order, so the sort is stable and no result depends on timing. Slot boundaries are
+// then found by bisection of the sorted ids. If there are several tiles, they are sorted one after
+// another, and the plan's memory holds the next free position of each slot. Only this case uses
+// atomics, to count the rows of each slot. Bound: latency, not bytes.
 #include "lora_kernels.cuh"
 
 namespace lora_ext {
@@ -24,7 +23,7 @@ constexpr int kStaticBytes = (kThreads + kWarps) * 4;
 // must call this.
 LX_DEVICE int block_scan(int x, int (&warp_sums)[kWarps], int& total) {
     const int lane = lx::lane_id(), warp = lx::warp_id();
-    auto warp_scan = [lane](int y) {  // inclusive
+    auto warp_scan = [lane](int y) {  // inclusive scan over the lanes
         for (int d = 1; d < 32; d *= 2) {
             const int before = lx::shfl_up_sync(lx::kFullMask, y, static_cast<unsigned>(d));
             if (lane >= d) y += before;
@@ -48,7 +47,7 @@ struct Sorted {
     uint16_t *rows, *next_rows;  // relative to the start of the tile
 };
 
-// Stable sort of s.keys[0 .. n) together with s.rows. Ends with a barrier.
+// Sorts s.keys[0 .. n) stably and moves s.rows with them. Ends with a barrier.
 LX_DEVICE void sort_tile(Sorted& s, int n, int passes, int (&counters)[kThreads],
                          int (&warp_sums)[kWarps]) {
     const int lane = lx::lane_id(), warp = lx::warp_id();
@@ -143,7 +142,7 @@ __global__ void __launch_bounds__(kThreads)
         bad_ids += bad;
         return static_cast<uint32_t>(slot < 0 ? slots : slot);
     };
-    // Loads and sorts the keys of a tile of rows, from row `first` on; returns their number.
+    // Loads and sorts the keys of a tile of rows, from row `first` on. Returns the number of rows.
     auto load_tile = [&](int64_t first) {
         const int n = static_cast<int>(lx::min<int64_t>(num_rows - first, at.tile_rows));
         for (int i = thread; i < n; i += kThreads) {
@@ -167,8 +166,8 @@ __global__ void __launch_bounds__(kThreads)
                 identity && (tile.rows[i] == i || tile.keys[i] == static_cast<uint32_t>(slots));
         }
     } else {
-        // ends[s] is first the number of rows of slot s, then its start, and then advances by the
-        // rows that each tile adds, until it is the end of the slot.
+        // ends[s] is first the number of rows of slot s, then the slot's start in perm, and then
+        // advances by the rows that each tile adds, until it is the slot's end.
         int32_t* ends = slot_begin + 1;
         for (int s = thread; s <= slots; s += kThreads) ends[s] = 0;
         if (thread == 0) slot_begin[0] = 0;

@@ -1,11 +1,12 @@
-// Shrink for many rows per adapter, and for training: v[t, :] = c a[s] (mask * x[t, :]), where c is
-// scale[s] / (1 - p) if this kernel completes a row's sum, otherwise 1.
+// Shrink for many rows per adapter, and for training: v[t, :] = c a[s] (mask * x[t, :]), where s is
+// the adapter of row t, and c is scale[s] / (1 - p) if this kernel completes the sum of the row,
+// otherwise 1.
 //
-// Block (row tile, slices, 64 ranks): 64 or 128 rows, and one slice of the in-features, or all
-// slices one after another. 128 bytes of each row of x and of each rank of A pass through a
-// ring of four stages filled by cp.async. For rows past the tile, ranks past the adapter's and
-// in-features past the end of a row, the ring is filled with zeros and global memory is not read.
-// Four warps divide the rows. Bound: bytes of x, streamed once per 64 ranks.
+// A block computes 64 ranks of 64 or 128 rows, over one slice of the in-features, or over all
+// slices one after another. 128 bytes of each row of x and of each rank of A pass through a ring of
+// four stages filled by cp.async. For rows past the tile, ranks past the adapter's and in-features
+// past the end of a row, the ring is filled with zeros and global memory is not read. Four warps
+// divide the rows. Bound: bytes of x, streamed once per 64 ranks.
 //
 // A row of v has the same bits as in lora_shrink_decode.cu, in any batch (see sum_order):
 // * a lane reads 16 bytes of a row of x or of A as mma operands, as decode does from global memory.
@@ -13,7 +14,7 @@
 //   from two rows, have no bank conflict;
 // * a segment is one chain of mma; segments are added in order, and so are slices.
 // The thread that copied a piece also applies the mask, before the barrier that makes the piece
-// visible to the other threads. It makes one Philox call for every four elements, and no call is
+// visible to the other threads. Philox is called once for every four elements, and no call is
 // repeated.
 #include "lora_train.cuh"
 
@@ -193,7 +194,7 @@ LaunchStatus run_shrink_rows(const Projection& args, const Slices& slices, void*
     const LoraArgs& lora = args.lora;
     if (large_rank(lora.bank)) return run_gemm_projection(args, false, slices, stream);
     return with_dtype(lora.dtype, [&]<class T>() {
-        // With three sums per element, 128 rows need too many registers; in float32, even with two.
+        // 128 rows need too many registers with three sums per element, in float32 even with two.
         if (slices.per_block > 1) return launch<T, 64, true>(args, slices, stream);
         if constexpr (sizeof(T) == 2) {
             const bool wide = lora_chunk_rows(lora.num_tokens) == 128 &&

@@ -1,14 +1,16 @@
-// Shrink for few rows per adapter: v[t, :] = a[s] x[t, :], and the sum over its splits.
+// Shrink for few rows per adapter, v[t, :] = a[s] x[t, :] for the adapter s of row t, and the sum
+// of the splits of v.
 //
-// Block (tile, split, rank group of a module): up to 16 rows of one adapter x split_width
-// in-features x 32 ranks. Four warps share the in-features. A warp feeds mma from 16-byte loads as
-// described in lora_tile.cuh: rows of x are operand A, the eight rows of a page of A are operand B.
-// Tensor cores are used even for one row: 16-byte loads need no unpacking, and a row's sum does not
-// depend on its neighbours. One kernel therefore covers every batch. Bound: bytes of the A pages,
-// each read once per tile.
+// There is one block per (tile, split, rank group of a module), that is, per up to 16 rows of one
+// adapter x split_width in-features x 32 ranks. Four warps share the in-features. A warp feeds mma
+// from 16-byte loads as described in lora_tile.cuh: rows of x are operand A, the eight rows of a
+// page of A are operand B. Tensor cores are used even for one row: 16-byte loads need no unpacking,
+// and a row's sum does not depend on its neighbours. One kernel therefore covers every batch.
+// Bound: bytes of the A pages, each read once per tile.
 //
-// Splits depend only on the in-features, so a row of v does not depend on the batch. Partial sums
-// are written to the workspace and added in the order of the splits, here or in the expand kernel.
+// The splits depend only on the number of in-features, so a row of v does not depend on the batch.
+// Partial sums are written to the workspace and added in the order of the splits, here or in the
+// expand kernel.
 #include "lora_kernels.cuh"
 
 namespace lora_ext {
@@ -23,13 +25,17 @@ constexpr int kBlock = 4 * kVec<T>;  // in-features of a row that a warp reads a
 // Computes acc += x a over the in-features [begin, end) for the first kPages pages. A step loads
 // kUnroll blocks before it multiplies any. If aligned, loads have no condition: beyond the end they
 // read the last 16 bytes before it, and the value is replaced by zero when used.
-template <class T, bool kAligned, int kPages, int kUnroll>
-LX_DEVICE void multiply(const T* const (&x)[2], const T* const (&a)[kGroupPages], int begin,
+template <class P, bool kAligned, int kPages, int kUnroll>
+LX_DEVICE void multiply(const typename PagesOf<P>::Row* const (&x)[2],
+                        const typename PagesOf<P>::Element* const (&a)[kGroupPages], int begin,
                         int end, float (&acc)[kGroupPages][4]) {
+    using T = typename PagesOf<P>::Row;
+    using Words = typename PagesOf<P>::Words;
     const int first = begin + lx::lane_id() % 4 * kVec<T>;
 #pragma unroll 1
     for (int k0 = first; k0 - first < end - begin; k0 += kUnroll * kBlock<T>) {
-        uint4 xw[kUnroll][2], aw[kUnroll][kPages];
+        uint4 xw[kUnroll][2];
+        Words aw[kUnroll][kPages];
 #pragma unroll
         for (int u = 0; u < kUnroll; ++u) {
             const int k = k0 + u * kBlock<T>;
@@ -41,7 +47,13 @@ LX_DEVICE void multiply(const T* const (&x)[2], const T* const (&a)[kGroupPages]
 #pragma unroll
             for (int h = 0; h < 2; ++h) xw[u][h] = load(x[h]);
 #pragma unroll
-            for (int p = 0; p < kPages; ++p) aw[u][p] = load(a[p]);
+            for (int p = 0; p < kPages; ++p) {
+                if constexpr (std::is_same_v<P, T>)
+                    aw[u][p] = load(a[p]);
+                else
+                    aw[u][p] = lx::load_global(
+                        reinterpret_cast<const Words*>(a[p] + lx::min(k, end - kVec<T>)));
+            }
         }
         lx::syncwarp();  // keeps the compiler from moving loads down to save registers
 #pragma unroll
@@ -51,27 +63,34 @@ LX_DEVICE void multiply(const T* const (&x)[2], const T* const (&a)[kGroupPages]
             };
             const uint4 low = keep(xw[u][0]), high = keep(xw[u][1]);
 #pragma unroll
-            for (int p = 0; p < kPages; ++p) mma_words<T>(acc[p], low, high, keep(aw[u][p]));
+            for (int p = 0; p < kPages; ++p) {
+                if constexpr (std::is_same_v<P, T>)
+                    mma_words<T>(acc[p], low, high, keep(aw[u][p]));
+                else
+                    mma_words<T>(acc[p], low, high, keep(widen_float8<T>(aw[u][p])));
+            }
         }
     }
 }
 
-// Four blocks per multiprocessor; three for float32, since a float becomes two tf32, and for
-// unaligned rows on Blackwell, where registers would spill.
+// Minimum blocks per multiprocessor: four, or three for float32 (a float becomes two tf32) and for
+// unaligned rows on Blackwell (with four, registers would spill).
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000
 constexpr int kUnalignedBlocks = 3;
 #else
 constexpr int kUnalignedBlocks = 4;
 #endif
 template <class T, bool kAligned>
-constexpr int kMinBlocks = sizeof(T) > 2 ? 3
-                           : kAligned    ? 4
-                                         : kUnalignedBlocks;
+constexpr int kMinBlocks = std::is_same_v<T, float> ? 3
+                           : kAligned               ? 4
+                                                    : kUnalignedBlocks;
 
-template <class T, bool kAligned, int kModules>
-__global__ void __launch_bounds__(kWarps * 32, kMinBlocks<T, kAligned>)
+template <class P, bool kAligned, int kModules>
+__global__ void __launch_bounds__(kWarps * 32, kMinBlocks<P, kAligned>)
     lora_shrink_decode_kernel(const __grid_constant__ Modules<kModules> modules,
                               const __grid_constant__ Tiling tiling, int rank_groups) {
+    using T = typename PagesOf<P>::Row;
+    using E = typename PagesOf<P>::Element;
     // For float32, narrow addresses would make ptxas delay half of the loads.
     constexpr bool kNarrow = kAligned && sizeof(T) == 2;
     // The previous kernel may write x, the plan or a bank, or it may be an expand that reads v, so
@@ -118,13 +137,13 @@ __global__ void __launch_bounds__(kWarps * 32, kMinBlocks<T, kAligned>)
         x[h] = row_at<kNarrow>(static_cast<const T*>(args.x), row_of[row < tile.rows ? row : 0],
                                args.x_row_stride);
     }
-    const T* const stand_in =
-        row_at<kNarrow>(static_cast<const T*>(args.x), row_of[0], args.x_row_stride);
-    const T* a[kGroupPages];
+    const E* const stand_in = reinterpret_cast<const E*>(
+        row_at<kNarrow>(static_cast<const T*>(args.x), row_of[0], args.x_row_stride));
+    const E* a[kGroupPages];
     bool absent[kGroupPages] = {};
 #pragma unroll
     for (int p = 0; p < kGroupPages; ++p) {
-        const T* page = p < pages ? page_at<T, kNarrow>(bank, bank.a, tile.slot, number[p],
+        const E* page = p < pages ? page_at<E, kNarrow>(bank, bank.a, tile.slot, number[p],
                                                         bank.a_slot_stride, bank.a_page_stride)
                                   : nullptr;
         absent[p] = !page;
@@ -134,10 +153,10 @@ __global__ void __launch_bounds__(kWarps * 32, kMinBlocks<T, kAligned>)
 
     float acc[kGroupPages][4] = {};
     if (pages <= kGroupPages / 2)
-        multiply<T, kAligned, kGroupPages / 2, kAligned ? (sizeof(T) == 2 ? 4 : 3) : 2>(x, a, begin,
+        multiply<P, kAligned, kGroupPages / 2, kAligned ? (sizeof(T) == 2 ? 4 : 3) : 2>(x, a, begin,
                                                                                         end, acc);
     else
-        multiply<T, kAligned, kGroupPages, 2>(x, a, begin, end, acc);
+        multiply<P, kAligned, kGroupPages, 2>(x, a, begin, end, acc);
 #pragma unroll
     for (int p = 0; p < kGroupPages; ++p) {
 #pragma unroll
@@ -167,8 +186,8 @@ __global__ void __launch_bounds__(kWarps * 32, kMinBlocks<T, kAligned>)
 }
 
 // Computes v[t, j] = scale[s] * sum of the splits. v may overlap the splits, because a warp writes
-// an element only after it has read the splits of this element. Used for callers that need v, and
-// before an expand with many blocks.
+// an element only after it has read the splits of this element. This kernel runs for callers that
+// need v, and before an expand with many blocks.
 __global__ void __launch_bounds__(128)
     lora_reduce_kernel(const __grid_constant__ LoraArgs args, const __grid_constant__ Tiling tiling,
                        const __grid_constant__ Partials v) {
@@ -181,8 +200,8 @@ __global__ void __launch_bounds__(128)
     const RowTile tile =
         find_tile<kTileRows>(args, tiling, static_cast<int>(blockIdx.x), row_of, also);
     if (tile.rank == 0) {
-        // No work, but wait anyway: the next grid waits only for this grid, not for the one that
-        // wrote the splits.
+        // A block without work also waits: the next grid waits only for this grid, and therefore
+        // this grid must not end before the grid that writes the splits.
         lx::grid_dependency_wait();
         return;
     }
@@ -218,14 +237,20 @@ LaunchStatus run_shrink_decode(std::span<const Module> modules, void* stream) {
         declare_v(module.args, module.v, lx::Access::kWrite);
     }
     return with_dtype(args.dtype, [&]<class T>() {
-        const auto launch = [&]<bool kAligned, int kModules>() {
-            return LX_LAUNCH_PDL((lora_shrink_decode_kernel<T, kAligned, kModules>), grid,
+        const auto launch = [&]<class P, bool kAligned, int kModules>() {
+            return LX_LAUNCH_PDL((lora_shrink_decode_kernel<P, kAligned, kModules>), grid,
                                  kWarps * 32, 0, stream, Modules<kModules>(modules),
                                  tiling(args, kTileRows), static_cast<int>(groups));
         };
-        if (modules.size() > 1) return launch.template operator()<true, kMaxSiblings>();
-        return aligned ? launch.template operator()<true, 1>()
-                       : launch.template operator()<false, 1>();
+        const bool many = modules.size() > 1;
+        if constexpr (sizeof(T) == 2) {
+            if (args.bank.float8)
+                return many ? launch.template operator()<Float8<T>, true, kMaxSiblings>()
+                            : launch.template operator()<Float8<T>, true, 1>();
+        }
+        if (many) return launch.template operator()<T, true, kMaxSiblings>();
+        return aligned ? launch.template operator()<T, true, 1>()
+                       : launch.template operator()<T, false, 1>();
     });
 }
 

@@ -11,6 +11,7 @@
 
 #include "lora_ext/lora.h"
 #include "lx/device.h"
+#include "lx/pairs.h"
 
 namespace lora_ext {
 
@@ -40,14 +41,14 @@ constexpr int kSplitBatch = 8;  // splits of v whose loads are in flight togethe
 // The division of the chunks of a plan into row tiles.
 struct Tiling {
     int per_chunk;      // tiles of a full chunk, a power of two
-    int log_per_chunk;  // with it, the decode kernels need no division
+    int log_per_chunk;  // used instead of a division in decode kernels
     int64_t perm;       // start of perm in the plan
 };
 
 // ------------------------------------------------------------------------------------------------
 // Rows
 
-// Returns the adapter of a row, or -1; `bad` is set if its id is out of range.
+// Returns the adapter of a row, or -1. Sets `bad` to whether the row's adapter id is out of range.
 LX_DEVICE int adapter_of_row(const LoraPlanArgs& ids, int64_t row, int64_t num_valid, bool& bad) {
     bad = false;
     if (row >= num_valid) return -1;
@@ -67,8 +68,9 @@ struct RowTile {
     int first;  // with a plan: start of its rows in perm
 };
 
-// Finds tile `index` of the plan. Without a plan there are at most 32 ids, which every warp groups.
-// All threads of the block call this, then a barrier, after which row_of[0 .. rows) is complete.
+// Finds tile `index` of the plan. Without a plan there are at most 32 ids, and every warp groups
+// them by adapter. All threads of the block must call this. row_of[0 .. rows) is complete after the
+// next barrier.
 template <int kRows>
 LX_DEVICE RowTile find_tile(const LoraArgs& args, const Tiling& tiling, int index,
                             int32_t (&row_of)[kRows]) {
@@ -112,12 +114,12 @@ LX_DEVICE RowTile find_tile(const LoraArgs& args, const Tiling& tiling, int inde
     return tile;
 }
 
-// Variant of find_tile for decode, in which no other work hides the latency of the loads. It takes
-// two memory round trips. The first loads the chunk's entry, or the ids. The second loads
+// Variant of find_tile for decode, where no other work hides the latency of its loads. The variant
+// takes two memory round trips. The first loads the chunk's entry, or the ids. The second loads
 // everything that depends on the slot: rows, rank, and what also(slot) loads, such as page numbers
 // and a scale. Within a round trip, no load waits for another: syncwarp keeps the compiler from
-// moving loads down to save registers. (The kernels that use the other variant have no registers
-// for this, but other work hides their latency.) A block must have at least kRows threads.
+// moving loads down to save registers. (Kernels that use the variant without `also` have no
+// registers for this, but other work hides the latency.) A block must have at least kRows threads.
 template <int kRows, class Also>
 LX_DEVICE RowTile find_tile(const LoraArgs& args, const Tiling& tiling, int index,
                             int32_t (&row_of)[kRows], Also&& also) {
@@ -231,9 +233,9 @@ LX_DEVICE const T* b_page(const LoraBank& bank, int slot, int page) {
     return at < 0 ? nullptr : static_cast<const T*>(bank.b) + at;
 }
 
-// First of two steps that compute the address of a page: returns the page's number, that is, its
-// entry in the page table. Beyond the end of the table, another, valid entry is read. Without a
-// table, returns `page` and reads nothing.
+// First of two steps that compute the address of a page. Returns the page's number, that is, its
+// entry in the page table. If `page` is outside the slot's entries, the nearest entry is returned.
+// Without a table, returns `page` and reads nothing.
 LX_DEVICE int page_number(const LoraBank& bank, int slot, int page) {
     if (!bank.page_table) return page;
     const int here = lx::max(lx::min(page, bank.pages_per_slot - 1), 0);
@@ -246,7 +248,7 @@ LX_DEVICE T* row_at(T* p, int n, int64_t stride) {
     if constexpr (kNarrow) return lx::element(p, n, static_cast<int>(stride * int64_t{sizeof(T)}));
     return p + n * stride;
 }
-// Second step: returns the address in `base` of the page with this number.
+// Second step: returns the address of page `number` in `base`, or nullptr if the number is invalid.
 template <class T, bool kNarrow>
 LX_DEVICE const T* page_at(const LoraBank& bank, const void* base, int slot, int number,
                            int64_t slot_stride, int64_t page_stride) {
@@ -304,6 +306,46 @@ LX_DEVICE uint4 words_of(const T (&e)[kVec<T>]) {
         } else {
             w[i] = lx::bit_cast<uint32_t>(e[i]);
         }
+    }
+    return {w[0], w[1], w[2], w[3]};
+}
+
+// Template arguments of kernels that read pages of float8_e4m3fn and rows of T.
+struct Float8F16 {};
+struct Float8BF16 {};
+template <class T>
+using Float8 = std::conditional_t<std::is_same_v<T, lx::f16>, Float8F16, Float8BF16>;
+template <class P>
+struct PagesOf {
+    using Row = P;
+    using Element = P;
+    using Words = uint4;  // the elements of a lane, kVec<Row>
+};
+template <class T>
+struct Float8Pages {
+    using Row = T;
+    using Element = uint8_t;
+    using Words = uint2;
+};
+template <>
+struct PagesOf<Float8F16> : Float8Pages<lx::f16> {};
+template <>
+struct PagesOf<Float8BF16> : Float8Pages<lx::bf16> {};
+
+// Returns the elements of a lane as operands of mma, in T. float8 has four bits of exponent (bias
+// 7) and three of mantissa: shifted into place they represent a number that is 2^8 (float16) or
+// 2^120 times too small. The product is exact, for subnormals too. (NaN becomes 480.)
+template <class T>
+LX_DEVICE uint4 widen_float8(const uint2& bytes) {
+    constexpr bool kHalf = std::is_same_v<T, lx::f16>;
+    constexpr uint32_t kPower = kHalf ? 0x5c005c00u : 0x7b807b80u;
+    const uint32_t four[2] = {bytes.x, bytes.y};
+    uint32_t w[4];
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+        const uint32_t pair = lx::byte_permute(four[i / 2], 0, i % 2 ? 0x3424 : 0x1404);
+        const uint32_t magnitude = (pair & 0x7f007f00u) >> (kHalf ? 1 : 4);
+        w[i] = lx::multiply_pairs<T>(lx::and_or(pair, 0x80008000u, magnitude), kPower);
     }
     return {w[0], w[1], w[2], w[3]};
 }

@@ -1,5 +1,5 @@
-// The training launchers. They choose kernels by sizes that the host knows, and neither allocate
-// nor wait.
+// The training launchers. They choose kernels by sizes that the host knows. They neither allocate
+// memory nor wait for the device.
 //
 //   shrink     x -> v            projection of side A, with the mask
 //              v -> v, weighed   with factors; `weighed` with weights
@@ -24,7 +24,7 @@ LoraArgs side_b(const LoraTrainArgs& args) {
     return lora;
 }
 
-// Returns the arguments of dy^T v, or of (mask x)^T dv.
+// Returns the arguments of the gradient db, dy^T v, if `of_b`, otherwise of da, (mask x)^T dv.
 Gradient gradient(const LoraTrainArgs& args, bool of_b) {
     const LoraArgs& lora = args.lora;
     Gradient g{};
@@ -61,7 +61,7 @@ FloatRows weighed_rows(const LoraTrainArgs& args) {
     return {static_cast<float*>(args.weighed), args.weighed_row_stride};
 }
 
-// Each thread writes 16 bytes of a row; y is contiguous.
+// Computes y = mask * x / (1 - p). Each thread writes 16 bytes of a row, and y is contiguous.
 template <class T>
 __global__ void __launch_bounds__(256)
     lora_dropout_kernel(const T* x, int64_t x_row_stride, T* y, int64_t rows, int width, int pieces,

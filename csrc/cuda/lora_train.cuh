@@ -32,7 +32,7 @@ struct Slices {
     int width, count;
     int per_block;         // slices per block: all or one
     int64_t split_stride;  // elements between partial sums
-    bool finished;         // no partial sums: the block applies c
+    bool finished;         // no partial sums: the block multiplies by scale / (1 - p)
     bool x_aligned, w_aligned;
     int ranks_per_stage;
 };
@@ -46,14 +46,15 @@ __host__ __device__ constexpr int pass_slice(int ranks) {
 inline bool pass_sliced(const LoraArgs& args, bool side_b) {
     return side_b && args.dtype != DType::kFloat32 && args.bank.max_rank <= kPassRanks;
 }
-constexpr int kProjectedRanks = 64;  // per block
-// in_pass: the slices of the pass that also computes db; there each slice has a block, which stores
-// the slice's sum.
+constexpr int kProjectedRanks = 64;  // ranks per block
+// in_pass: return the slices of the pass over dy that also computes db. That pass stores the sum of
+// each slice separately.
 Slices projection_slices(const LoraArgs& args, bool side_b, bool in_pass = false);
 int64_t slices_bytes(const Slices& slices);
 int64_t projection_workspace(const LoraArgs& args, bool side_b);
 LaunchStatus run_projection(const Projection& args, bool side_b, void* workspace, void* stream);
-// Computes side A up to the sum over slices; expand adds them, as in serving.
+// Computes the projection of side A. Unless slices.finished, it stores the sums of the slices,
+// which the caller adds (by sum_slices in training, by expand in serving).
 LaunchStatus run_shrink_rows(const Projection& args, const Slices& slices, void* stream);
 // Steps of run_projection: choose the kernel's output, declare its buffers, and sum the slices.
 Projection projection_step(const Projection& args, const Slices& slices, void* workspace);
@@ -84,19 +85,19 @@ int64_t gradient_workspace(const Gradient& args);
 // beside: if given, the projection of side B, which the same pass over dy computes.
 LaunchStatus run_gradient(const Gradient& args, void* workspace, void* stream,
                           const Projection* beside = nullptr);
-constexpr int64_t kMostParts = 256 << 20;  // bytes; two passes if partial sums need more
+constexpr int64_t kMostParts = 256 << 20;  // bytes of partial sums; above, two passes over dy
 int64_t one_pass_workspace(const Gradient& args, const LoraArgs& side_b);
 bool takes_one_pass(const Gradient& args, const LoraArgs& side_b);
 
-// With factors (lora_train.h): on entry, dv holds u = dy b[s]. Computes dweights, the products of u
-// and v, if they are requested, and replaces u by dv = (c * u) * w.
+// With factors (lora_train.h), dv contains u = dy b[s] on entry. Adds the inner products of u and v
+// to dweights, if it is given, and replaces u by dv = (c * u) * w.
 LaunchStatus run_weigh_back(const LoraTrainArgs& args, void* stream);
 
 // dx[t, :] += mask * (dv[t, :] A)
 LaunchStatus run_input_gradient(const LoraTrainArgs& args, void* stream);
 
-// Launchers of the same stages for large ranks with enough rows or tiles, by lora_gemm.cuh and
-// lora_gemm_weights.cu. The caller must have declared the buffers.
+// Launchers of the same stages for large ranks with enough rows or tiles; they launch the kernels
+// of lora_gemm.cuh and lora_gemm_weights.cu. The caller must have declared the buffers.
 LaunchStatus run_gemm_projection(const Projection& args, bool side_b, const Slices& slices,
                                  void* stream);
 LaunchStatus run_gemm_input_gradient(const LoraTrainArgs& args, void* stream);
@@ -124,7 +125,7 @@ inline bool takes_gemm(const LoraArgs& args) {
 
 struct Philox {
     uint32_t key[2];
-    uint32_t column;  // of the ids
+    uint32_t column;  // column of the adapter ids (T, K)
 
     // Returns the result of ten rounds on the counter {row, quad, column, 0}.
     LX_DEVICE uint4 operator()(uint32_t row, uint32_t quad) const {
@@ -177,7 +178,8 @@ inline void declare_seed([[maybe_unused]] const LoraDropout& dropout,
         LX_BUF(dropout.seed, 8 * (dropout.per_adapter ? num_adapters : 1), lx::Access::kConstant);
 }
 
-// Computes which elements from `column`, a multiple of 4, on are kept.
+// Sets keep[i] to whether the mask keeps element column + i of the row. `column` is a multiple of
+// 4.
 template <int kCount>
 LX_DEVICE void keep_elements_of(const Mask& mask, uint32_t row, int column, bool (&keep)[kCount]) {
     const uint32_t threshold = mask.threshold;
@@ -206,7 +208,7 @@ LX_DEVICE uint4 drop_elements(const uint4& words, const bool (&keep)[kVec<T>]) {
     return {w[0], w[1], w[2], w[3]};
 }
 
-// Applies the mask to 16 bytes of shared memory; called by the thread that copied them.
+// Applies the mask to 16 bytes of shared memory. The thread that copied them must call this.
 template <class T>
 LX_DEVICE void drop_piece(void* piece, const Mask& mask, uint32_t row, int column) {
     bool keep[kVec<T>];

@@ -1,14 +1,14 @@
 // dx[t, :] = round(dx[t, :] + mask * (dv[t, :] a[s])), in place; a dropped element keeps its bits.
 //
-// Block (64 rows of one adapter, range of columns), eight warps: four along the rows, two along the
-// columns of a band of 256 bytes. The rows of dv stay in shared memory. The ranks of A for the next
-// band are loaded by cp.async while the current band is written. If shared memory is too small for
-// all ranks, the ranks of A and dv are loaded in stages, in order, so that the result does not
-// depend on the size of shared memory. The product is written to shared memory as floats, so that a
-// thread then holds 16 adjacent bytes of dx: one load, issued before the product, two Philox calls
-// for the mask, one rounding, one store.
+// A block has 64 rows of one adapter and a range of columns. Of its eight warps, four are along the
+// rows and two along the columns of a band of 256 bytes. The rows of dv stay in shared memory. The
+// ranks of A for the next band are loaded by cp.async while the current band is written. If shared
+// memory is too small for all ranks, the ranks of A and dv are loaded in stages, in order, so that
+// the result does not depend on the size of shared memory. The product is written to shared memory
+// as floats, so that a thread updates 16 adjacent bytes of dx. This takes one load, issued before
+// the product, two Philox calls for the mask, one rounding and one store.
 //   bfloat16   dv = high + low, two m16n8k16
-//   float16    A as floats, exact in tf32; dv = high + low in tf32
+//   float16    A is exact in tf32, dv = high + low in tf32
 //   float32    A and dv as high + low in tf32, three products
 // Bound: bytes of dx, read and written once.
 #include "lora_train.cuh"
@@ -17,7 +17,7 @@ namespace lora_ext {
 namespace {
 
 constexpr int kThreads = 256;
-constexpr int kWarpsN = 2;      // by four warps along the rows
+constexpr int kWarpsN = 2;      // warps along the columns; the other factor, 4, is along the rows
 constexpr int kRangeBands = 4;  // bands per block
 template <class T>
 constexpr int kWarpColumns = kBandColumns<T> / kWarpsN;
@@ -26,7 +26,7 @@ constexpr int kDeltaRow = kBandColumns<T> + 8;  // in floats; float2 stores have
 
 struct Width {
     int range;  // columns per block
-    int pages;  // pages per stage, even: all of the largest rank, or as many as fit
+    int pages;  // pages per stage, even: those of the largest rank, or as many as fit
     bool dv_aligned, a_aligned, dx_aligned;
 };
 
@@ -36,9 +36,9 @@ constexpr int shared_bytes(int pages) {
            kTrainRows * kDeltaRow<T> * 4;
 }
 
-// Minimum blocks per multiprocessor. On Blackwell, two blocks of float16 would spill registers. If
-// the ranks are loaded in stages, shared memory holds only one block; otherwise the loop over pages
-// is unrolled only twice, which takes fewer registers.
+// Minimum blocks per multiprocessor. With float16 on Blackwell, two blocks would spill registers.
+// If the ranks are loaded in stages, shared memory has room for only one block anyway. Otherwise
+// the loop over pages is unrolled only twice, which takes fewer registers.
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000
 template <class T, bool kStaged>
 constexpr int kMinBlocks = std::is_same_v<T, lx::f16> && kStaged ? 1 : 2;
@@ -153,15 +153,15 @@ __global__ void __launch_bounds__(kThreads, kMinBlocks<T, kStaged>)
 #endif
             for (int page = 0; page < pages; page += std::is_same_v<T, lx::bf16> ? 2 : 1) {
                 if constexpr (std::is_same_v<T, lx::bf16>) {
-                    // Matrices of this load: rows 0-7 and 8-15 of one page, then of the next.
+                    // ldmatrix loads rows 0-7 and 8-15 of one page, then of the next.
                     uint32_t high[4], low[4];
                     const unsigned char* p = dv.at(warp_row + lane % 16, page + lane / 16);
                     lx::ldmatrix_x4(high, p);
                     lx::ldmatrix_x4(low, p + kPieceBytes);
 #pragma unroll
                     for (int j = 0; j < kTiles; j += 2) {
-                        // Matrices of this load: both pages of eight columns, then of eight more;
-                        // transposed.
+                        // ldmatrix loads and transposes both pages of eight columns, then of
+                        // eight more.
                         uint32_t af[4];
                         lx::ldmatrix_x4_trans(af, a_band +
                                                       (page * kPageRanks + lane % 16) * kBandRow +
@@ -183,7 +183,7 @@ __global__ void __launch_bounds__(kThreads, kMinBlocks<T, kStaged>)
                     if constexpr (sizeof(T) == 2) {
 #pragma unroll
                         for (int j = 0; j < kTiles; j += 4) {
-                            // Matrices of this load: four times eight columns; transposed.
+                            // ldmatrix loads and transposes four groups of eight columns.
                             uint32_t af[4];
                             lx::ldmatrix_x4_trans(af, a_page_rows + lane % 8 * kBandRow +
                                                           (warp_column + 8 * (j + lane / 8)) * 2);

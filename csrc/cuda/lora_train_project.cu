@@ -2,11 +2,13 @@
 //   side A:  v[t, :]  = c * a[s] (mask * x[t, :])      lora_shrink.cu
 //   side B:  dv[t, :] = c * dy[t, :] b[s]              here
 //
-// Like lora_shrink_kernel: block (row tile, slices, 64 ranks), and a ring of four stages that
-// cp.async fills with 128 bytes of each row and with 64 outputs of each page of B. Differences:
+// As in lora_shrink_kernel, a block computes 64 ranks of a row tile over one or all slices.
+// cp.async fills a ring of four stages with 128 bytes of each row and the same outputs of each page
+// of B. The differences are:
 // * Pages of B contain eight ranks of one output side by side; ldmatrix.trans transposes them.
-// * The sum is over slices of fixed width, each starting at zero, added in order. Either one block
-//   iterates over all slices of its rows, or each slice has a block and a second kernel adds them.
+// * The outputs are divided into slices of fixed width. The sum of a slice starts at zero, and the
+//   slices are added in order. Either one block iterates over all slices of its rows, or each slice
+//   has a block and a second kernel adds the slices.
 //   dv therefore does not depend on the number of rows, and no gradient depends on the other rows
 //   of the batch.
 // Bound: bytes of dy, streamed once per 64 ranks.
@@ -16,7 +18,7 @@ namespace lora_ext {
 namespace {
 
 constexpr int kStages = 4;
-constexpr int kPieces = 8;                              // per row and stage
+constexpr int kPieces = 8;                              // pieces of a row per stage
 constexpr int kStageRow = (kPieces + 1) * kPieceBytes;  // odd number of pieces: no bank conflicts
 // Bytes of a page: 1024, plus 64 so that reads of a pair of pages have no bank conflict.
 constexpr int kStagePage = kPieces * 128 + 64;
@@ -65,8 +67,8 @@ __global__ void __launch_bounds__(kRows * 2, 2)
                           n, slices.x_aligned);
         }
         unsigned char* const w_stage = ring + step % kStages * stage_bytes + kRows * kStageRow;
-        // A page of the stage: kWidth outputs with 8 ranks each, one piece per output (float32:
-        // two). Neighbouring lanes read the parts of an output in two pages, which are adjacent.
+        // A page of the stage has kWidth outputs of 8 ranks, in one piece per output (float32:
+        // two). Neighbouring lanes read an output's ranks in two pages adjacent in memory.
         constexpr int kPerRow = kPageRanks / kVec<T>, kPairPieces = 2 * kWidth * kPerRow;
         for (int i = thread; i < page_pairs * kPairPieces; i += kThreads) {
             const int row = i % kPairPieces / (2 * kPerRow), at = i % (2 * kPerRow);
@@ -96,15 +98,15 @@ __global__ void __launch_bounds__(kRows * 2, 2)
         const unsigned char* w_stage = x_stage + kRows * kStageRow;
 #pragma unroll
         for (int p = 0; p < kPieces; p += 2) {
-            // Matrices of this load: rows 0-7 and 8-15 of the first piece, then of the second.
+            // ldmatrix loads rows 0-7 and 8-15 of the first piece, then of the second.
             uint32_t xf[4];
             lx::ldmatrix_x4(xf, x_stage + (warp * kTileRows + lane % 16) * kStageRow +
                                     (p + lane / 16) * kPieceBytes);
 #pragma unroll
             for (int page = 0; page < kGroupPages; page += 2) {
                 if (page >= pages) continue;
-                // Matrices of this load, or of equivalent loads: k of both pieces of one page, then
-                // of the next.
+                // ldmatrix, or the loads of float32, load k of both pieces of one page, then of the
+                // next.
                 uint32_t wf[4];
                 if constexpr (sizeof(T) == 2) {
                     lx::ldmatrix_x4_trans(wf, w_stage + (page + lane / 16) * kStagePage +

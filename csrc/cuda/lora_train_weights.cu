@@ -1,21 +1,21 @@
-// Gradients of the adapters, sums over the rows t of one adapter:
+// Gradients of the adapters as sums over the rows t of each adapter s:
 //   db[s] = sum_t dy[t, :]^T v[t, :]            da[s] = sum_t dv[t, :]^T (mask * x[t, :])
 // Both are columns of x (or dy) times ranks of v (or dv), contracted over the rows. With kProject
 // the same pass over dy also computes
 //   dv[t, :] = c * dy[t, :] b[s]                with c = scale[s] / (1 - p)
 //
-// Block (range of an adapter's rows, slice of 1024 bytes of columns, 16 or 64 ranks), eight warps.
-// Shared memory has two stages of 32 rows of x and v; cp.async fills one while the other is used,
-// and perm is read two steps ahead. A thread then prepares the elements that it copied: it applies
-// the dropout mask to x, and splits v into high and low bfloat16. ldmatrix.trans transposes both. A
-// warp sums 16 columns of each band of 128, for all ranks, over the whole range.
+// A block of eight warps has a range of an adapter's rows, a slice of 1024 bytes of columns, and 16
+// or 64 ranks. Shared memory has two stages of 32 rows of x and v; cp.async fills one while the
+// other is used, and perm is read two steps ahead. A thread then prepares the elements that it
+// copied: it applies the dropout mask to x, and splits v into high and low bfloat16. ldmatrix.trans
+// transposes both. A warp sums 16 columns of each band of 128, for all ranks, over the whole range.
 //   bfloat16   v = high + low, two m16n8k16: 16 bits of v
-//   float16    x as floats, exact in tf32; v = high + low in tf32, two m16n8k8: any magnitude of v
+//   float16    x is exact in tf32, v = high + low in tf32 (with the range of float32), two m16n8k8
 //   float32    x and v as high + low in tf32, three products
-// The rows of an adapter are summed in ranges of a fixed length counted from its first row, each
-// range starting at zero, the ranges in order. Each range has a block, and a second kernel adds the
-// ranges of each adapter that has several. The bits therefore depend only on the rows of the
-// adapter.
+// The rows of an adapter are divided into ranges of a fixed length, counted from its first row. The
+// sum of a range starts at zero, and the ranges are added in order. Each range has a block, and a
+// second kernel adds the ranges of each adapter that has several. The bits therefore depend only on
+// the rows of the adapter.
 //
 // For dv (lora_train_weights_project.cuh), the block's columns of B stay in shared memory. In a
 // step a warp computes 16 rows and one or two pages of ranks, summed over its slice of the columns.
@@ -37,7 +37,7 @@ constexpr int kStageBytes = kPassStepRows * (kPassRow + v_row_bytes(kPages));
 template <class T, int kPages>
 using Sums = BandSums<kPages>[kGradientBands<T>];
 
-// sums += 16 rows of a stage. `pages` is even.
+// Adds the products of 16 rows of a stage to `sums`. `pages` is even.
 template <class T, int kPages>
 LX_DEVICE void multiply(Sums<T, kPages>& sums, const unsigned char* x, const VTile<T>& v, int row,
                         int pages) {
@@ -47,7 +47,7 @@ LX_DEVICE void multiply(Sums<T, kPages>& sums, const unsigned char* x, const VTi
         constexpr int kTogether = lx::min(kPages, 4);  // pages in registers at a time
 #pragma unroll
         for (int first = 0; first < kPages; first += kTogether) {
-            // Matrices of this load: high parts of rows 0-7 and 8-15, then low parts; transposed.
+            // ldmatrix loads and transposes high parts of rows 0-7 and 8-15, then low parts.
             uint32_t vf[kTogether][4];
 #pragma unroll
             for (int j = 0; j < kTogether; ++j)
@@ -57,8 +57,8 @@ LX_DEVICE void multiply(Sums<T, kPages>& sums, const unsigned char* x, const VTi
 #pragma unroll
             for (int m = 0; m < kGradientBands<T>; ++m) {
                 if (!has(first)) continue;
-                // Matrices of this load: rows 0-7 of columns 0-7 and 8-15, then rows 8-15 of both;
-                // transposed.
+                // ldmatrix loads and transposes rows 0-7 of columns 0-7 and 8-15, then rows 8-15
+                // of both.
                 uint32_t xf[4];
                 lx::ldmatrix_x4_trans(
                     xf, x + (row + lane / 16 * 8 + lane % 8) * kPassRow +
@@ -83,8 +83,8 @@ LX_DEVICE void multiply(Sums<T, kPages>& sums, const unsigned char* x, const VTi
             if constexpr (sizeof(T) == 2) {
 #pragma unroll
                 for (int m = 0; m < kGradientBands<T>; m += 2) {
-                    // Matrices of this load: columns 0-7 and 8-15 of a band, then of the next;
-                    // transposed.
+                    // ldmatrix loads and transposes columns 0-7 and 8-15 of a band, then of the
+                    // next.
                     uint32_t xf[4];
                     lx::ldmatrix_x4_trans(
                         xf, x + (row + 8 * half + lane % 8) * kPassRow +
@@ -134,7 +134,7 @@ __global__ void __launch_bounds__(kGradientThreads, kBlocks<T, kPages>)
                               const __grid_constant__ Projection to,
                               const __grid_constant__ Slices slices,
                               const __grid_constant__ GradientShape shape) {
-    LX_SHARED(int32_t, row_of, kRowSlots* kPassStepRows);  // a separate ring, filled a step early
+    LX_SHARED(int32_t, row_of, kRowSlots* kPassStepRows);  // its own ring, filled a step before x
     LX_DYN_SHARED(ring);
     GradientBlock block = find_block<T, kPages>(args, shape, blockIdx.x, true);
     const int thread = lx::thread_rank();
@@ -151,7 +151,7 @@ __global__ void __launch_bounds__(kGradientThreads, kBlocks<T, kPages>)
     const Mask mask = mask_of(args.dropout, block.slot, first);
     unsigned char* const factor_b = ring + kStages * kStageBytes<kPages>;
 
-    // A thread has one piece of every fourth row of x and at most one item (row, page) of v.
+    // A thread copies one piece of every fourth row of x and at most one item (row, page) of v.
     const int piece = thread % kPieces, first_row = thread / kPieces;
     const int column = block.column + piece * kVec<T>;
     const int v_row = thread / kPages, v_page = thread % kPages;
@@ -268,8 +268,9 @@ GradientShape shape_of(const Gradient& args) {
     GradientShape shape{};
     shape.slices = static_cast<int>(ceil_div(args.width * element_size(args.dtype), kPassBytes));
     shape.groups = static_cast<int>(ceil_div(args.max_rank, pages_of(args) * kPageRanks));
-    // With 8192 rows there are at least 128 blocks, for the 132 multiprocessors of an H100. The
-    // range is the same for every device, because it determines the order of the sums.
+    // With 8192 rows and at least eight tiles, there are at least 128 blocks for the 132
+    // multiprocessors of an H100. The range is the same for every device, because it determines the
+    // order of the sums.
     const int tiles = shape.slices * shape.groups;
     shape.range_rows = tiles >= 32 ? 2048 : tiles >= 16 ? 1024 : 512;
     const LoraPlanLayout layout{args.num_tokens, args.num_adapters};

@@ -18,13 +18,13 @@ constexpr int kGradientBands = kGradientColumns<T> / kGradientBand;
 struct GradientShape {
     int slices, groups, range_rows;
     bool x_aligned, v_aligned;
-    int64_t perm, slot_begin;  // in the plan
+    int64_t perm, slot_begin;  // offsets in the plan
     float4* partials;          // for adapters with several ranges
 };
 
 // The work of a block, either of the kernel that sums ranges or of the kernel that adds them.
 struct GradientBlock {
-    int slot, range, first_rank, ranks, column;  // ranks: number in this block; column: the first
+    int slot, range, first_rank, ranks, column;  // ranks: their number; column: the first one
     const int32_t* rows;                         // rows of the adapter
     int num_rows, first_row;                     // number of `rows`; index of the first in perm
 };
@@ -47,7 +47,8 @@ LX_DEVICE int slot_of_range(const int32_t* slot_begin, int range_rows, int num_a
     return low;
 }
 
-// Returns the work of block `index`: groups of ranks vary fastest, then slices, then ranges/slots.
+// Returns the work of block `index`. Groups of ranks vary fastest, then slices, then ranges of rows
+// (`of_range`) or adapters.
 template <class T, int kPages>
 LX_DEVICE GradientBlock find_block(const Gradient& args, const GradientShape& shape, unsigned index,
                                    bool of_range) {
@@ -78,8 +79,9 @@ LX_DEVICE GradientBlock find_block(const Gradient& args, const GradientShape& sh
 template <int kPages>
 using BandSums = float[kPages][4];
 
-// Returns the address of a block's partial sums. Only adapters of n > range_rows rows store them;
-// these have fewer than 2 n / range_rows ranges, the first at 2 (slot_begin / range_rows).
+// Returns the address of a block's partial sums. Only an adapter with n > range_rows rows stores
+// them. Such an adapter has fewer than 2 n / range_rows ranges, and its first range is at 2
+// (slot_begin / range_rows).
 template <class T, int kPages>
 LX_DEVICE float4* parts_of(const GradientShape& shape, const GradientBlock& block, unsigned tile) {
     const int first = 2 * (block.first_row / shape.range_rows) + block.range;

@@ -12,7 +12,8 @@ constexpr int kPassRow = kPassBytes + kPieceBytes;  // an odd number of pieces, 
 template <int kPages>
 constexpr int kFactorRow = (kPages + 1) * kPieceBytes;
 
-// Computes dv of the rows of a step: a warp sums 16 rows and its pages over its slice of columns.
+// Computes dv of the rows of a step. A warp has 16 rows and one or two pages of ranks, and sums
+// over a slice of the block's columns.
 template <class T, int kPages>
 struct Projecting {
     static constexpr int kShares = kPages == 2 ? 2 : 1;  // slices per block
@@ -35,15 +36,14 @@ struct Projecting {
 #pragma unroll
         for (int k0 = 0; k0 < kWidth; k0 += kStep) {
             const int k = share * kWidth + k0;
-            // Matrices of this load: 32 columns of one page; or 16 of one page, then of the next;
-            // transposed.
+            // ldmatrix loads and transposes 32 columns of one page, or 16 columns of each of two
+            // pages.
             uint32_t bf[4];
             lx::ldmatrix_x4_trans(bf, b + (k + lane % kStep) * kFactorRow<kPages> +
                                           (page + lane / kStep) * kPieceBytes);
 #pragma unroll
             for (int i = 0; i < kStep / 16; ++i) {
-                // Matrices of this load: rows 0-7 and 8-15 of eight columns, then of the next
-                // eight.
+                // ldmatrix loads rows 0-7 and 8-15 of eight columns, then of the next eight.
                 uint32_t xf[4];
                 lx::ldmatrix_x4(xf, x + (row + lane % 16) * kPassRow +
                                         (k / kVec<T> + 2 * i + lane / 16) * kPieceBytes);

@@ -1,4 +1,5 @@
-// Adds the ranges of rows that lora_train_weights.cu summed. Bound: bytes of the partial sums.
+// Adds the partial sums of ranges of rows, which lora_train_weights.cu computes. Bound: bytes of
+// the partial sums.
 #include "lora_train_weights.cuh"
 
 namespace lora_ext {
@@ -20,8 +21,8 @@ __global__ void __launch_bounds__(kGradientThreads, 3)
     const float4* from = parts_of<T, kPages>(shape, block, index % static_cast<unsigned>(tiles)) +
                          band * kPages * kGradientThreads;
     const int64_t stride = tiles * (kGradientBands<T> * kPages * kGradientThreads);
-    // Eight loads are in flight together. A missing page or range is replaced by another, whose
-    // value is not used.
+    // Eight loads are in flight together. Instead of a missing page or range, another one is
+    // loaded, and its value is not used.
     constexpr int kBatch = 8 / kPages;
     BandSums<kPages> total = {};
 #pragma unroll 1

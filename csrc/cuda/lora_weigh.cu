@@ -3,12 +3,12 @@
 //   v[t, r]       = c * sum of the splits,  c = scale[s, r / 8] / (1 - p)
 //   weighed[t, r] = v[t, r] * w,            w = weights[t, groups[s, r / 8]]
 //
-// and in the backward, where dv holds u = dy b[s],
+// and in the backward pass, where dv contains u = dy b[s] on entry,
 //
-//   dweights[t, g] = <u, v> over the ranks of group g
+//   dweights[t, g] += <u, v> over the ranks of group g
 //   dv[t, r]       = (c * u[t, r]) * w
 //
-// Block: 16 rows of one adapter. Bound: bytes of v.
+// A block processes 16 rows of one adapter. Bound: bytes of v.
 #include "lora_train.cuh"
 
 namespace lora_ext {
@@ -61,7 +61,7 @@ __global__ void __launch_bounds__(kThreads)
     lx::syncthreads();  // row_of is complete
     float* const dv = static_cast<float*>(args.dv);
     const float* const v = static_cast<const float*>(lora.v);
-    if (args.dweights) {  // a thread for each row and group
+    if (args.dweights) {  // one thread for each row and group
         for (int i = lx::thread_rank(); i < tile.rows * bank.num_groups; i += kThreads) {
             const int64_t row = row_of[i / bank.num_groups];
             const int group = i % bank.num_groups;

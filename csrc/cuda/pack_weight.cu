@@ -1,8 +1,10 @@
-// Rounding of weights to 8 and 4 bits, and back; packed_bits.h has the layout.
+// Kernels that round weights to codes of 8 and 4 bits, and convert codes back. packed_bits.h has
+// the layout.
 //
 // A block processes a group of in-features of the 32 outputs of a panel. Four lanes share an
-// output; each has every fourth octet of in-features, which are two words of codes of 8 bits or one
-// word of 4 bits. Bound: bytes of the weight, which packing reads twice, the second time from L1.
+// output; each has every fourth octet (eight in-features), which is two words of codes of 8 bits or
+// one word of codes of 4 bits. Bound: bytes of the weight, which packing reads twice, the second
+// time from L1.
 #include "lora_ext/packed_bits.h"
 
 #include "launch.cuh"
@@ -10,7 +12,7 @@
 namespace lora_ext {
 namespace {
 
-constexpr int kLanes = 4;  // per output
+constexpr int kLanes = 4;  // lanes per output
 constexpr int kThreads = static_cast<int>(kPanel) * kLanes;
 constexpr int kOctet = 8;
 
@@ -66,10 +68,10 @@ __global__ void __launch_bounds__(kThreads)
     }
     const bool minimum = kBits == 4 && args.minimum;
     lx::f16 base_bits = lx::from_float<lx::f16>(0);
-    // With 4 bits, the value of the largest magnitude has code -8, as in the twin.
+    // With 4 bits, the value of the largest magnitude has code -8, as in the CPU twin.
     float scale = kBits == 8 ? fmaxf(-low, high) / 127 : (-low > high ? low : high) / -8 + 0.0f;
     float base = 0;
-    if (kBits == 4 && !minimum) {  // Multiples of the largest magnitude / 7.
+    if (kBits == 4 && !minimum) {  // tests if all are multiples of the largest magnitude / 7
         const float seventh = lx::to_float(lx::from_float<lx::f16>(fmaxf(-low, high) / 7));
         int whole = seventh > 0;
         for (int octet = place.lane; octet < octets; octet += kLanes)

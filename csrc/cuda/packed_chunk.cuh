@@ -1,13 +1,14 @@
-// Operands and products of a chunk of packed weights of 8 and 4 bits: 32 outputs x 32 in-features,
-// by one warp.
+// Operands and products of a chunk of packed weights of 8 or 4 bits. A chunk is 32 outputs x 32
+// in-features, and one warp multiplies it.
 //
-// The 16 bytes of a lane are four outputs x four in-features (8 bits) or eight (4 bits): operand A
-// of m16n8k16, outputs on the M side and rows of x on the N side. Lane (g, t), g = lane / 4,
-// t = lane % 4, has outputs 4g to 4g + 3, of which tile m of two has 4g + 2m and 4g + 2m + 1, and
-// in-features 8t to 8t + 7 of the chunk, which are 16 contiguous bytes of a row of x (float32: 32).
-// Codes become 16-bit floats exactly: the code becomes the mantissa of a number with a fixed
-// exponent, and the resulting offset is subtracted. A float32 x is the sum of three bfloat16, each
-// of which is multiplied. A product of x with ones gives the sums that a minimum needs.
+// The 16 bytes of a lane are four outputs x four in-features (8 bits) or eight (4 bits). They
+// become operand A of m16n8k16, with outputs on the M side and rows of x on the N side. Lane (g,
+// t), g = lane / 4, t = lane % 4, has outputs 4g to 4g + 3, of which tile m of two has 4g + 2m and
+// 4g + 2m + 1, and in-features 8t to 8t + 7 of the chunk, which are 16 contiguous bytes of a row of
+// x (float32: 32). Codes become 16-bit floats exactly: the code becomes the mantissa of a number
+// with a fixed exponent, and the resulting offset is subtracted. A float32 x is the sum of three
+// bfloat16, each of which is multiplied. A product of x with ones gives the sums that a minimum
+// needs.
 #pragma once
 
 #include <type_traits>
@@ -17,7 +18,7 @@
 
 namespace lora_ext {
 
-// Returns the type of the operands of a product.
+// Type of the operands of a product.
 template <class T>
 using OperandType = std::conditional_t<std::is_same_v<T, lx::f16>, lx::f16, lx::bf16>;
 
@@ -97,7 +98,7 @@ LX_DEVICE void row_operand(const uint4 (&words)[kPieces<T>], Rows<T>& b) {
 #pragma unroll
         for (int step = 0; step < 2; ++step) {
             const uint32_t low = w[2 * step], high = w[2 * step + 1];
-            // In-features (0, 2), (1, 3) of four, as those of the codes of 4 bits.
+            // In-features (0, 2), (1, 3) of four, in the order of the codes of 4 bits.
             b[0][step][0] = kBits == 8 ? low : lx::byte_permute(low, high, 0x5410);
             b[0][step][1] = kBits == 8 ? high : lx::byte_permute(low, high, 0x7632);
         }
@@ -134,8 +135,8 @@ LX_DEVICE void for_products(F&& f) {
         for (int part = 0; part < static_cast<int>(std::extent_v<Rows<T>>); ++part) f(step, part);
 }
 
-// total += the products of a chunk with all rows. Accumulator i of tile m of outputs belongs to
-// output 4g + 2m + i / 2 and, in a tile of rows, to row 2t + i % 2.
+// Adds the products of a chunk with all rows to `total`. Accumulator i of tile m of outputs belongs
+// to output 4g + 2m + i / 2 and, in a tile of rows, to row 2t + i % 2.
 template <class T, int kBits, bool kMinimum, int kTiles>
 LX_DEVICE void add_chunk(const uint4 (&words)[kBits / 4], const Rows<T> (&b)[kTiles],
                          const float (&scale)[4], const float (&centre)[4],

@@ -2,10 +2,11 @@
 // the order of the sums.
 //
 // A warp processes a slice: a panel of 32 outputs and every 16th chunk of 32 in-features. A block
-// has 16 warps. For up to 16 rows these process the 16 slices of one panel. For up to 32 rows
-// (16-bit x, without minima), they process the four slices of one part of four panels, and read the
-// same rows of x from L1. A lane copies its bytes of codes to its own ring in shared memory,
-// without barriers, so that the copies of many chunks are in flight.
+// has 16 warps. If the block has up to 16 rows, its warps process the 16 slices of one panel. If it
+// has up to 32 rows (16-bit x, without minima), they process four panels, and of each panel four
+// slices (a part) at a time, and read the same rows of x from L1. A lane copies its bytes of codes
+// to its own ring in shared memory, without barriers, so that the copies of many chunks are in
+// flight.
 //
 // packed_chunk.cuh multiplies a chunk. Bound: bytes of the weight, read once from memory. With more
 // rows, adjacent blocks share a panel, and all but one find it in L2.
@@ -22,15 +23,16 @@ constexpr int kChunk = 32;  // in-features
 constexpr int kParts = 4, kSlices = 4, kAllSlices = kParts * kSlices;
 constexpr int kTileRows = 8;  // rows of x in a product
 constexpr int kOutputs = static_cast<int>(kPanel);
-constexpr int64_t kMaxPanels = 65535;  // of a grid
-// Floats between rows of sums in shared memory. Eight lanes that store 16 bytes use all banks.
+constexpr int64_t kMaxPanels = 65535;  // in one launch
+// Distance between rows of sums in shared memory, in floats. Eight lanes that store 16 bytes use
+// all banks.
 constexpr int kSumStride = kOutputs + 4;
 
-// Panels of a block for kTiles tiles of rows: 1, 2 or 4.
+// Number of panels of a block that has kTiles tiles of rows (1, 2 or 4).
 template <int kTiles>
 constexpr int kPanels = kTiles > 2 ? 4 : 1;
 
-// A step of the ring: bytes of codes and of scales (with minima) per lane.
+// Sizes of a stage of the ring, which contains codes, scales and, if kMinimum, minima.
 template <int kBits, bool kMinimum>
 struct Stage {
     static constexpr int kWords = kBits / 4;  // 16-byte words
@@ -40,14 +42,14 @@ struct Stage {
     static constexpr int kRing = kCount * kBytes;
 };
 
-// Work that all blocks share.
+// Layout of the weight and division of the work, the same for all blocks.
 struct Layout {
     int64_t panel_bytes;
     int64_t stride;  // bytes between chunks of a slice
     int block_bytes, code_bytes;
-    int chunks, shift;  // of a row; log2 of the chunks in a group
+    int chunks, shift;  // chunks of a row; log2 of the chunks of a group
     int panels, parts;  // parts: how many a block computes, 1 or 4
-    int row_bytes;      // between rows of x
+    int row_bytes;      // bytes between rows of x
 };
 
 // ------------------------------------------------------------------------------------------------
@@ -61,7 +63,7 @@ LX_DEVICE void load_halves(const unsigned char* p, float (&v)[4]) {
     v[0] = low.x, v[1] = low.y, v[2] = high.x, v[3] = high.y;
 }
 
-// total = the sums of the slice's chunks for the panel and all rows.
+// Adds the products of the slice's chunks, for the panel and all rows, to `total`.
 template <class T, int kBits, bool kMinimum, int kTiles>
 LX_DEVICE void multiply(const PackedBitsArgs& args, const Layout& layout, unsigned char* ring,
                         int panel, int slice, int first_row, float (&total)[kTiles][2][4]) {
@@ -78,8 +80,8 @@ LX_DEVICE void multiply(const PackedBitsArgs& args, const Layout& layout, unsign
     const int of_lane = (slice & ((1 << layout.shift) - 1)) * (kOutputs * kChunk * kBits / 8) +
                         t * (Step::kWords * 4 * kOutputs) + g * 16;
     const int to_scales = layout.code_bytes + g * 8 - of_lane;
-    const T* x_at = static_cast<const T*>(args.input) + slice * kChunk + 8 * t;  // to load next
-    int row_at[kTiles];  // bytes; for a missing row, those of the last one
+    const T* x_at = static_cast<const T*>(args.input) + slice * kChunk + 8 * t;  // loaded next
+    int row_at[kTiles];  // offsets in bytes; a missing row has that of the last row
 #pragma unroll
     for (int tile = 0; tile < kTiles; ++tile)
         row_at[tile] = lx::min(first_row + tile * kTileRows + g, static_cast<int>(args.rows) - 1) *
@@ -116,7 +118,7 @@ LX_DEVICE void multiply(const PackedBitsArgs& args, const Layout& layout, unsign
     uint4 next[kTiles][kPieces<T>] = {};
     if (kAhead && steps > 0) load_next(next);
     constexpr int kLast = (kCount - 1) * Step::kBytes;
-    unsigned char *stage = first_stage, *read = first_stage + kLast;  // read: in the step before
+    unsigned char *stage = first_stage, *read = first_stage + kLast;  // read: in the previous step
 #pragma unroll 1
     for (int step = 0; step < steps; ++step) {
         uint4 x[kTiles][kPieces<T>];
@@ -155,7 +157,7 @@ LX_DEVICE void multiply(const PackedBitsArgs& args, const Layout& layout, unsign
 // ------------------------------------------------------------------------------------------------
 // Sums of the slices
 
-// Four adjacent outputs, the first of which exists.
+// Returns the bias of four adjacent outputs, the first of which exists, or zeros without a bias.
 template <class T>
 LX_DEVICE float4 bias_of(const PackedBitsArgs& args, int64_t output) {
     float v[4] = {};
@@ -178,7 +180,7 @@ LX_DEVICE void store_result(const PackedBitsArgs& args, int64_t row, int64_t out
 LX_DEVICE float4 operator+(const float4& a, const float4& b) {
     return {a.x + b.x, a.y + b.y, a.z + b.z, a.w + b.w};
 }
-// Returns the address of a sum in the workspace, whose rows have whole panels.
+// Returns the address of a sum in the workspace, whose rows are padded to whole panels.
 LX_DEVICE float4* part_at(const PackedBitsArgs& args, int panels, int part, int64_t row,
                           int64_t output) {
     const int64_t width = int64_t{panels} * kOutputs;
@@ -199,7 +201,7 @@ __global__ void __launch_bounds__(kThreads, kTiles == 1 && sizeof(T) == 2 && !kM
     // A warp whose panel does not exist computes the last panel again, and its sums are not used.
     const int panel = lx::min(first_panel + warp / kOfPanel, layout.panels - 1);
     const int first_part = static_cast<int>(blockIdx.z) * layout.parts;
-    float* const sums = reinterpret_cast<float*>(shared);  // in place of the ring
+    float* const sums = reinterpret_cast<float*>(shared);  // reuses the ring's memory
     // Sums of the parts so far. No two threads access the same element.
     float4* const results = reinterpret_cast<float4*>(shared + Stage<kBits, kMinimum>::kRing);
     if (layout.parts == 1) lx::grid_dependency_launch();  // the next launch sums the parts
@@ -251,7 +253,7 @@ __global__ void __launch_bounds__(kThreads, kTiles == 1 && sizeof(T) == 2 && !kM
     }
 }
 
-// y = bias + the four parts in order.
+// The kernel computes y = bias + the four parts, added in order.
 constexpr int kSumThreads = 128;
 
 template <class T>
@@ -284,8 +286,8 @@ int64_t blocks_of_rows(const PackedBitsArgs& args) {
     return ceil_div(args.rows, tiles_of(args) * kTileRows);
 }
 // Returns whether the parts of a panel are computed by different blocks and added by another
-// launch. The result has the same bits, and there are more blocks if there would be too few to fill
-// the machine.
+// launch. The parts are split if there would otherwise be too few blocks to fill the machine. The
+// result has the same bits in both cases.
 bool splits_parts(const PackedBitsArgs& args) {
     if (args.rows == 0 || tiles_of(args) < 4) return false;
     const int64_t panels = ceil_div(args.out_features, kPanel);

@@ -6,8 +6,8 @@
 namespace lora_ext {
 
 // Step s of `steps` uses stage s % kStages. While a step is used, the copies of the next kStages -
-// 1 steps are in flight. All threads of the block call the members in the same order; after the
-// last step, the block waits for all copies before it reuses the memory.
+// 1 steps are in flight. All threads of the block must call the members in the same order. After
+// the last step, the block must wait for all copies before it reuses the memory.
 template <int kStages>
 struct Ring {
     int steps;
@@ -27,7 +27,7 @@ struct Ring {
     LX_DEVICE void consume(int step, Copy&& copy, Prepare&& prepare) const {
         lx::cp_async_wait_group<kStages - 2>();
         prepare(step);
-        lx::syncthreads();  // stage complete, previous stage read by all threads
+        lx::syncthreads();  // the stage is complete, and the previous one has been read
         if (step + kStages - 1 < steps) copy(step + kStages - 1);
         lx::cp_async_commit();
     }

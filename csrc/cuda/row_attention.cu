@@ -136,7 +136,7 @@ LX_DEVICE Row row_of(const RowAttentionArgs& args, int64_t b, int64_t g, int64_t
             static_cast<int>(span.end)};
 }
 
-// Returns whether each of the warp's rows sees a key, one bit per row.
+// Returns a bit mask of the warp's rows that see the key.
 LX_DEVICE unsigned rows_that_see(const Row* rows, const bool* mask, int key) {
     unsigned seen = 0;
 #pragma unroll
@@ -187,7 +187,7 @@ __global__ void __launch_bounds__(kThreads, 4)
     row_attention_kernel(const __grid_constant__ RowAttentionArgs args, bool aligned) {
     constexpr int kWidth = kColumns * lx::kWarpSize, kStride = Tile<T, kWidth>::kKeyStride;
     LX_SHARED(float, q, kRows* kWidth);
-    LX_SHARED(float, piece, kKeys* kStride);  // of keys, then of their values
+    LX_SHARED(float, piece, kKeys* kStride);  // holds keys, then their values
     LX_SHARED(float, all_weights, kRows* kKeys);
     LX_SHARED(float, all_tops, kRows);
     LX_SHARED(Row, rows, kRows);

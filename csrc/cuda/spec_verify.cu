@@ -1,15 +1,15 @@
-// Verification of the drafts of all rows: accept while u_k < p_k(x_k) / q(x_k | x_<k), never if q
-// is 0 (p / q is then not a probability, and the circuit cannot have drawn x_k). Then draw from
-// max(0, p - q) at the first rejected position, or from p after the last.
+// Verifies the drafts of all rows. Token x_k is accepted while u_k < p_k(x_k) / q(x_k | x_<k), and
+// never if q is 0 (p / q is then not a probability, and the circuit cannot have drawn x_k). Then a
+// token is drawn from max(0, p - q) at the first rejected position, or from p after the last draft.
 //
-// This file: one launch, a block per row of the batch. A warp per row of target (the model's logits
-// of one position) computes the maximum, then the sum of exp((logit - max) / T), reading from cache
-// the second time. All positions are processed at once, since otherwise most warps of the block
-// would idle. After one barrier every thread knows the rejected position. Groups of lanes compute
-// the norms of the leaves of that position. Then lanes iterate over the vocabulary; each weight of
-// the draw costs C exponentials. To find the index, the warps recompute the weights of one chunk
-// (see draw). Bound: latency of a load, a barrier and C exponentials. Above 32768 logits the bound
-// would be bytes, and spec_verify_grid.cu is used instead.
+// This file uses one launch with one block per row of the batch. A warp per row of target (the
+// model's logits of one position) computes the maximum, then the sum of exp((logit - max) / T),
+// reading from cache the second time. All positions are processed at once, since otherwise most
+// warps of the block would idle. After one barrier every thread knows the rejected position. Groups
+// of lanes compute the norms of the leaves of that position. Then lanes iterate over the
+// vocabulary; each weight of the draw costs C exponentials. To find the index, the warps recompute
+// the weights of one chunk (see draw). Bound: latency of a load, a barrier and C exponentials.
+// Above 32768 logits the bound would be bytes, and spec_verify_grid.cu is used instead.
 #include "spec_verify.cuh"
 
 namespace lora_ext {

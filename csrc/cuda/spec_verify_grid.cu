@@ -1,6 +1,6 @@
 // Verification if the logits of a row of the batch are too many for one multiprocessor: four
 // kernels that each use the whole machine. Each kernel may start before the previous one ends, and
-// waits for its results.
+// waits before it reads that kernel's results.
 //
 //   verify_target   (row, position, span)  maximum and sum of exp of 2048 logits of target
 //   verify_leaves   (row, state, span)     in every block, the rejected position from these sums;
@@ -25,7 +25,7 @@ namespace {
 constexpr int64_t kBlockLogits = 32768;  // one block reads them in about the time of three launches
 constexpr int kSpanLogits = 2048;        // logits of a row that a warp reads
 
-// Returns the layout of the workspace, and its end.
+// Returns the layout of the workspace, and sets `end` to the end of the workspace.
 VerifySpace space_of(const SpecVerifyArgs& args, uintptr_t& end) {
     VerifySpace space{};
     end = reinterpret_cast<uintptr_t>(args.workspace);

@@ -27,7 +27,8 @@ struct VerifySpace {
     float* weights;            // (B, V): max(0, p - q)
 };
 
-// Adds sums `next` to `own`; each sum is of exp((x - maximum) * scale), with its maximum.
+// Adds the sums `next` to `own`. Each is a sum of exp((x - maximum) * scale), stored with its
+// maximum.
 template <int kCount>
 LX_DEVICE void add_sums(OnlineSum& own, const OnlineSum (&next)[kCount], float scale) {
     float most = own.top;
@@ -46,7 +47,8 @@ LX_DEVICE OnlineSum sum_of_lanes(const OnlineSum& own, int lanes, float scale) {
     const float sum = own.sum * lx::exp_approx((own.top - top) * scale);
     return {top, reduce_lanes(sum, lanes, add)};
 }
-// Returns the sum of a row's spans, which eight lanes load, eight each. The whole warp calls this.
+// Returns the sum of a row's spans. Eight lanes load them, each eight at a time. The whole warp
+// must call this.
 constexpr int kSpanLanes = 8, kWarpRows = lx::kWarpSize / kSpanLanes,
               kRowsAtOnce = kVerifyWarps * kWarpRows;
 LX_DEVICE OnlineSum sum_of_spans(const OnlineSum* part, int spans, float scale) {
@@ -77,8 +79,8 @@ LX_DEVICE float p_of(float logit, const Stats& stats, float scale) {
     return lx::exp_approx((logit - stats.top) * scale) * factor;
 }
 
-// Declares the buffers of a kernel, with its accesses to the sums of target, to those of leaves and
-// to weights.
+// Declares the buffers of a kernel. The last arguments are its accesses to the sums of target, to
+// the sums of leaves and to the weights.
 inline void declare_space(const SpecVerifyArgs& args, const Leaves& leaves,
                           [[maybe_unused]] const VerifySpace& space,
                           [[maybe_unused]] lx::Access targets,

@@ -1,5 +1,5 @@
-// The token of a row of many logits: the kernels verify_weights and verify_pick of
-// spec_verify_grid.cu, which has the order of the sums.
+// Choice of the token of a row with many logits: the kernels verify_weights and verify_pick. The
+// head of spec_verify_grid.cu describes them and the order of the sums.
 #include "spec_verify_grid.cuh"
 
 namespace lora_ext {

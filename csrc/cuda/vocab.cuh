@@ -1,4 +1,5 @@
-// Code of the losses over a vocabulary, a chunk of logits at a time: vocab.h has the formulas.
+// Code shared by the losses over a vocabulary, which process a chunk of logits at a time. vocab.h
+// has the formulas.
 //
 // A block processes a row of the batch, with all its hidden states. It first finds the largest
 // logit of a chunk, then computes the exponentials; the second read is from L1 or L2, as a row of
@@ -14,8 +15,8 @@
 namespace lora_ext {
 
 constexpr int kVocabThreads = 256;
-constexpr int kVocabBlocks = 4;
-constexpr int kVocabBlocksTwice = 3;  // minimum with softcap or two rows per block
+constexpr int kVocabBlocks = 4;       // minimum blocks per multiprocessor
+constexpr int kVocabBlocksTwice = 3;  // with softcap, or two rows per block
 constexpr int kVocabFinishThreads = 128;
 
 // Calls f(index, values of each row, whole) for the pieces of kRows rows that this thread owns.
@@ -128,7 +129,7 @@ struct VocabRow {
         store_values(logits + i, columns - i, Whole::value, v);
     }
     // Adds the chunk's sum to that of earlier chunks. All threads must have read the values that
-    // this overwrites.
+    // this function overwrites.
     LX_DEVICE void keep(bool start, float sum) const {
         sum = team.reduce(sum, add);
         if (lx::thread_rank() == 0) {
@@ -147,7 +148,8 @@ inline void declare_rows(const VocabArgs& args) {
     if (args.labels) LX_BUF(args.labels, args.rows * 8, lx::Access::kConstant);
     if (args.mask) LX_BUF(args.mask, args.rows, lx::Access::kConstant);
 }
-// Launches a kernel over a chunk of logits: launch.operator()<T, kCapped>(grid, aligned).
+// Calls launch.operator()<T, kCapped>(grid, aligned), which launches a kernel over a chunk of
+// logits.
 template <class Launch>
 LaunchStatus over_logits(const VocabArgs& args, Launch&& launch) {
     if (args.rows == 0) return 0;

@@ -9,10 +9,11 @@
 //   blocks of one launch    only fence_device and then an atomic in the earlier block (after a
 //                           barrier, for accesses of its other warps), followed by an atomic on the
 //                           same address and then fence_device in the later block
-// Shuffles, votes, ldmatrix and mma order nothing. All lanes share their warp's clock towards other
-// warps. The checker may therefore take an access by a lane after its bar_arrive for one before the
-// bar_arrive of a later lane. This can hide a race, but it never causes a false report. (Correct
-// writes of two threads to adjacent single bytes are reported, since the bytes share a Cell.)
+// Shuffles, votes, ldmatrix and mma order nothing. With respect to other warps, all lanes share the
+// clock of their warp. The checker may therefore take an access by a lane after its bar_arrive for
+// one before the bar_arrive of a later lane. This can hide a race, but it never causes a false
+// report. (Correct writes of two threads to adjacent single bytes are reported, since the bytes
+// share a Cell.)
 #include <dlfcn.h>
 #include <link.h>
 
@@ -37,7 +38,7 @@ const char* verb(Touch how) {
 // --- Between blocks: clocks published by fence and atomic
 // Clocks that each block has acquired; in an ordinary launch only those of the current block.
 std::unordered_map<uint32_t, BlockClocks> acquired;
-std::unordered_map<const void*, BlockClocks> released;  // by address of the atomic
+std::unordered_map<const void*, BlockClocks> released;  // key: address of the atomic
 // Released clocks for each value of a counter. A thread that waits for a value is ordered after the
 // atomics that led to this value, but not after later ones.
 std::unordered_map<const void*, std::vector<std::pair<uint64_t, BlockClocks>>> counted;

@@ -8,11 +8,11 @@
 namespace lx::emu {
 
 // When a cp.async writes its bytes. kLate: as late as its wait allows, so that a kernel without a
-// wait reads poison. kEarly: at issue, which overwrites a stage that is still read. kBySeed: one of
-// the two, chosen by the seed.
+// wait reads poison. kEarly: when it is issued, so that a kernel that still reads the old bytes of
+// a stage reads new ones. kBySeed: one of the two, chosen by the seed.
 enum class CpAsync { kBySeed, kLate, kEarly };
 
-// Launches that run at the same time. kNone: each launch runs to its end at once. Otherwise,
+// Which launches may run at the same time. kNone: each launch runs to its end at once. Otherwise,
 // launches are queued until synchronize(), and a dependent launch runs up to its wait before a
 // thread of the previous launch returns from grid_dependency_launch(): with kDeep as soon as the
 // previous launch allows it, so that several launches may overlap; with kShallow only after the
@@ -24,13 +24,13 @@ struct Options {
         0;  // 0: threads run first in, first out; otherwise threads and blocks run in random order
     CpAsync cp_async = CpAsync::kBySeed;  // even seeds late, odd seeds early
     bool races = true;                    // report races, uninitialised reads; check flavour only
-    int max_reports = 20;                 // per launch
+    int max_reports = 20;                 // maximum per launch
     int multiprocessors = 132;            // return value of lx::multiprocessors()
-    int shared_memory = 227 * 1024;       // bytes per block, and the maximum
+    int shared_memory = 227 * 1024;       // bytes per block, at most 227 KiB
     Overlapping overlapping = Overlapping::kNone;
 };
 
-// Options of the following launches. State is per process; a launch holds a lock.
+// Options of the following launches. The state is global to the process, and a launch holds a lock.
 void set_options(const Options& options);
 Options options();
 inline void set_shared_memory(int bytes) {

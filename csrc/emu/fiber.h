@@ -26,7 +26,8 @@ void free_stacks(int first);
 
 // Prepares `context` to start in `entry`, which must not return, on an unused stack.
 void fiber_prepare(Context* context, const Stack& stack, void (*entry)());
-// `stack` is the stack of `to`, or nullptr for the stack of the program that launches kernels.
+// Saves the running context in `from` and continues `to`. `stack` is the stack of `to`, or nullptr
+// for the stack of the program that launches kernels.
 void fiber_switch(Context* from, Context* to, const Stack* stack);
 // Must be called in `entry` before anything else.
 void fiber_entered();

@@ -276,12 +276,23 @@ uint32_t subtract(uint32_t a, uint32_t b) {
     const float2 x = unpack_floats<T>(a), y = unpack_floats<T>(b);
     return pack_floats<T>(x.x - y.x, x.y - y.y);
 }
+template <class T>
+uint32_t multiply(uint32_t a, uint32_t b) {
+    const float2 x = unpack_floats<T>(a), y = unpack_floats<T>(b);
+    return pack_floats<T>(x.x * y.x, x.y * y.y);
+}
 }  // namespace
 uint32_t subtract_bf16(uint32_t a, uint32_t b) {
     return subtract<bf16>(a, b);
 }
 uint32_t subtract_f16(uint32_t a, uint32_t b) {
     return subtract<f16>(a, b);
+}
+uint32_t multiply_bf16(uint32_t a, uint32_t b) {
+    return multiply<bf16>(a, b);
+}
+uint32_t multiply_f16(uint32_t a, uint32_t b) {
+    return multiply<f16>(a, b);
 }
 
 void trap(emu::Site site) {

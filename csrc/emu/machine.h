@@ -38,8 +38,8 @@ struct Place {
 
 struct Warp;
 
-// For each warp of another block: its accesses up to this clock precede a given point. BlockClocks
-// maps the serial number of a block to its BlockClock.
+// For each warp of another block, the clock up to which the warp's accesses precede a given point.
+// BlockClocks maps the serial number of a block to its BlockClock.
 using BlockClock = std::array<uint32_t, kMaxWarps>;
 using BlockClocks = std::unordered_map<uint32_t, BlockClock>;
 
@@ -162,8 +162,8 @@ struct Overlap {
 // A launch.
 struct Grid {
     Launch launch;
-    bool resident = false;  // all its blocks run at once
-    bool in_turns = false;  // its blocks take turns
+    bool resident = false;  // whether all blocks run at once
+    bool in_turns = false;  // whether blocks take turns
     void (*body)(void*);
     void* arguments;
     size_t argument_bytes;
@@ -187,7 +187,7 @@ struct Machine : Block, Grid {  // the running block, and its launch
     std::string last_error;  // reports of the last launch
     Counters counters;
 
-    int num_reports;  // of this launch, or of those that overlap
+    int num_reports;  // number for this launch, or for those that overlap
     bool stopped;
     std::vector<size_t> reported;  // hashes of (category, place)
 
@@ -213,9 +213,10 @@ inline Thread& thread_of(const Warp& warp, int lane) {
 
 // --- scheduler.cpp
 void make_ready(Thread* thread);
-void block(const char* what, Site site);  // until another thread calls make_ready
+void block(const char* what, Site site);  // waits until another thread calls make_ready
 void yield();
-// Suspends the thread until the counter, which another block or launch changes, is `least`.
+// Suspends the thread until the counter, which another block or launch changes, is at least
+// `least`.
 void wait_for_blocks(const char* what, const unsigned* counter, unsigned least, Site site);
 [[noreturn]] void stop_launch();  // returns to run(); no fiber continues
 
@@ -227,8 +228,8 @@ void begin_reports();
 void prepare(const Launch& launch, bool resident, void (*body)(void*), void* arguments,
              size_t argument_bytes, std::vector<Buffer> declared);
 int configuration_error();
-void check_chain();   // before the launch
-void extend_chain();  // before the next launch
+void check_chain();   // called before the launch
+void extend_chain();  // called before the next launch
 void finish_grid();
 uint64_t num_blocks();
 // Calls f(index of the block) for all blocks, in the order of the seed, until the launch stops.
@@ -246,7 +247,7 @@ struct Turns {
     ~Turns() { clear(); }
 };
 
-// --- overlap.cpp: nothing if the launch runs alone
+// --- overlap.cpp. The first three functions do nothing if the launch runs alone.
 void wait_for_launch();           // waits until the previous launch has ended
 void let_launch_start();          // lets the next launch run up to its wait
 void release_next(Block& block);  // the block no longer keeps the next launch from starting

@@ -69,8 +69,8 @@ float toward_zero(double x) {
     return away ? bit_cast<float>(bit_cast<uint32_t>(nearest) - 1) : nearest;
 }
 
-// d += a b for 8 columns and all lanes. The callers gather A and B from the registers by the
-// layouts below. Products are exact in double, and the error of their sum is negligible.
+// Computes d += a b for 8 columns and all lanes. The callers gather A and B from the registers by
+// the layouts below. Products are exact in double, and the error of their sum is negligible.
 template <int kDepth>
 void multiply(const Slot& slot, const float (&a)[16][kDepth], const float (&b)[kDepth][8]) {
     double d[16][8];
@@ -103,7 +103,7 @@ void compute_mma_16(Warp&, const Slot& slot) {
     for (int lane = 0; lane < kWarpSize; ++lane) {
         const auto& o = *static_cast<MmaOperand*>(slot.operands[lane]);
         const int g = lane / 4, t = lane % 4;
-        for (int r = 0; r < 4; ++r) {  // rows g, g + 8; columns 2t.., 2t + 8..
+        for (int r = 0; r < 4; ++r) {  // rows g, g + 8; columns 2t, 2t + 1, 2t + 8, 2t + 9
             const int row = g + 8 * (r % 2), column = 2 * t + 8 * (r / 2);
             a[row][column] = kValue(o.a[r] & 0xffff);
             a[row][column + 1] = kValue(o.a[r] >> 16);

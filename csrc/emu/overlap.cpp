@@ -28,11 +28,11 @@ struct Queued {
     size_t argument_bytes;
     std::vector<Buffer> declared;
 
-    Grid grid{};  // from its start on
+    Grid grid{};  // valid once the launch has started
     Turns turns{};
     Overlap overlap{};
     int first_stack = 0;
-    bool in_chain = false;  // extend_chain() knows the launch
+    bool in_chain = false;  // extend_chain() has been called
 
     bool under_way() const { return grid.overlap && !overlap.ended; }
 };
@@ -100,7 +100,7 @@ int start(size_t i) {
     return 0;
 }
 
-// Returns whether launch i may start, after all before it have started.
+// Returns whether launch i may start. All launches before it must have started.
 bool may_start(size_t i) {
     const auto ended = [](size_t k) { return queue[k]->overlap.ended == 1; };
     size_t all_ended = 0;  // launches from the front that have ended

@@ -1,4 +1,4 @@
-// Launches, blocks, threads, barriers.
+// Runs launches, their blocks and threads, and implements barriers and warp collectives.
 #include <algorithm>
 #include <cstring>
 #include <numeric>
@@ -13,7 +13,7 @@ std::mutex launch_lock;
 
 namespace {
 
-thread_local std::vector<Buffer> declared;  // by LX_BUF, for the next launch of this thread
+thread_local std::vector<Buffer> declared;  // from LX_BUF, for this thread's next launch
 
 Thread* next_ready() {
     Machine& m = machine;
@@ -85,7 +85,7 @@ void complete_block_barrier() {
     m.at_barrier = 0;
 }
 
-// Completes each collective that waits only for lanes that have ended.
+// Completes each collective in which only lanes that have ended are missing.
 void release_collectives(Warp& warp);
 
 [[noreturn]] void exit_thread() {
@@ -173,7 +173,7 @@ void prepare_block(uint3 index, int first_stack) {
     }
 }
 
-// Runs the current block until it ends or waits for others.
+// Runs the current block until it ends or waits for other blocks.
 void enter_block() {
     Machine& m = machine;
     m.current = next_ready();
@@ -435,7 +435,7 @@ void declare(const char* name, const void* pointer, int64_t rows, int64_t row_by
     declared.push_back({name, begin, end, rows, row_bytes, row_stride_bytes, access, nullptr});
 }
 
-// One block per multiprocessor; the emulator does not model the occupancy of an H100.
+// Returns one block per multiprocessor, since the emulator does not model the occupancy of an H100.
 int resident_blocks(size_t dynamic_bytes) {
     const bool fits = dynamic_bytes <= static_cast<size_t>(machine.options.shared_memory);
     return fits ? machine.options.multiprocessors : 0;

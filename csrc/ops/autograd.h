@@ -39,6 +39,7 @@ struct Handle<kOp> {
                 .template typed<Result(Args...)>();
         return op;
     }
+    static Result call(Args... args) { return get().call(std::forward<Args>(args)...); }
 };
 
 inline Tensor or_undefined(const OptionalTensor& t) {

@@ -76,7 +76,7 @@ namespace {
 struct Bytes {
     const Tensor& t;
     uintptr_t begin;
-    uint64_t length;  // from the first byte to one past the last
+    uint64_t length;  // bytes from the first to the last, inclusive
 
     explicit Bytes(const Tensor& t)
         : t(t), begin(reinterpret_cast<uintptr_t>(t.const_data_ptr())), length(t.element_size()) {

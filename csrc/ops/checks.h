@@ -15,7 +15,7 @@ namespace lora_ext {
 // the end.
 constexpr int64_t kMaxSize = (int64_t{1} << 31) - (1 << 16);
 
-// Return the dtype of a tensor of values; raise if it is float64 and its ops launch kernels.
+// Return the dtype of a tensor of values; raise if it is float64 and ops on t launch kernels.
 DType dtype_of(const char* op, const char* name, const Tensor& t);
 void check_dtype(const char* op, const char* name, const Tensor& t, at::ScalarType dtype);
 void check_dim(const char* op, const char* name, const Tensor& t, int64_t dim, const char* shape);

@@ -1,4 +1,4 @@
-// The circuit ops: tensors in, checks, allocation, choice of CPU twin or CUDA kernel.
+// The circuit ops: checks, allocation, choice of CPU twin or CUDA kernel.
 //
 // Shapes: leaf (B, K, C, V); x (B, K); e (B, K, C); prior (B, C); trans (B, M, C, C).
 #include "ops/circuit.h"

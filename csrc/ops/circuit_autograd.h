@@ -1,4 +1,4 @@
-// Backwards of the circuit ops. Like autograd.h, this header is included only by bindings.cpp.
+// Autograd functions of the circuit ops. Like autograd.h, this is included only by bindings.cpp.
 #pragma once
 
 #include "ops/autograd.h"

@@ -1,5 +1,6 @@
-// Leaves whose logits a linear head computes, without all logits in memory at once: a library's
-// GEMM computes a chunk of logits, and the leaf kernels process it in place.
+// Leaves whose logits are the output of a linear layer. The logits are computed in chunks, so that
+// they are never all in memory: a library's GEMM computes a chunk, and the leaf kernels process it
+// in place.
 //
 // Shapes: h (B, D); emit (K, C, V, D); x (B, K); e (B, K, C).
 #include <ATen/ops/empty.h>
@@ -62,7 +63,8 @@ struct Emission {
 
     Tensor weights(int64_t k) const { return emit.select(0, k).view({components * vocab, width}); }
 
-    // Calls f(k, first row, rows of h, their logits, arguments of the leaf kernels) for each chunk.
+    // Calls f(k, first row, rows of h, logits, arguments of the leaf kernels) for each position k
+    // and chunk of rows.
     template <typename F>
     void for_chunks(F&& f) {
         for (int64_t k = 0; k < n_token; ++k) {

@@ -111,7 +111,7 @@ struct Call {
     }
 };
 
-// Scaled weights of a product: passed by the caller, computed here, or space for the CPU twin.
+// Scaled weights of a product: passed by the caller, computed here, or written by the CPU twin.
 struct Weights {
     Tensor weight, shift;
 

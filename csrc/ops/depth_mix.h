@@ -18,8 +18,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> depth_mix_forward(
     const OptionalTensor& bias, double eps, std::string_view norm);
 
 // Returns dhiddens (empty if not needed), all sums over rows in the layout of DepthMixArgs::sums,
-// and dweights (..., k), which with a router are the gradients of its logits. `weights` are the
-// mixing weights, `dweights` the gradient from their other uses.
+// and dweights (..., k), which are the gradients of the router's logits if there is a router.
+// `weights` are the mixing weights, `dweights` the gradient from their other uses.
 std::tuple<std::vector<Tensor>, Tensor, Tensor> depth_mix_backward(
     const Tensor& dmixed, const OptionalTensor& dweights, const std::vector<Tensor>& hiddens,
     const std::vector<Tensor>& gammas, const std::vector<Tensor>& betas, const Tensor& weights,

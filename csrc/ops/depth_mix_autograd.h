@@ -1,5 +1,4 @@
-// Backward of mixes of hidden states. Like autograd.h, this header is included only by
-// bindings.cpp.
+// Autograd function of depth_mix. Like autograd.h, this is included only by bindings.cpp.
 #pragma once
 
 #include "ops/autograd.h"

@@ -58,7 +58,7 @@ Tensor fast_linear(const Tensor& x, const Tensor& weight, const std::optional<Te
         at::globalContext().userEnabledMkldnn())
         if (const auto* onednn = onednn_linear()) {
             const at::AutoDispatchBelowADInplaceOrView guard;
-            std::optional<Tensor> dense;  // oneDNN reads a bias as if it were contiguous
+            std::optional<Tensor> dense;  // contiguous copy, since oneDNN ignores a bias's stride
             if (bias) dense = bias->contiguous();
             return onednn->call(x, weight, dense, "none", c10::List<std::optional<at::Scalar>>(),
                                 "");

@@ -69,8 +69,9 @@ void run_twin(std::span<const LoraArgs> modules, Step step, int64_t element_size
         });
     };
     if (step == Step::kApply && one_span && (threads == 1 || chunks >= 4 * threads)) {
-        // The outer loop runs over modules. The other order would read x once, but switch to other
-        // adapter pages at every chunk. Which order is faster has not been measured.
+        // The inner loop runs over chunks of rows. An inner loop over modules would read x once,
+        // but switch to other adapter pages at every step. Which order is faster has not been
+        // measured.
         split(chunks, [&](int64_t begin, int64_t end) {
             for (const LoraArgs& args : modules) cpu.apply(args, begin, end);
         });
@@ -102,8 +103,8 @@ int64_t bytes_of_v(const LoraArgs& args) {
     return args.num_tokens * 8 * args.bank.pages_per_slot * bytes_of_rank(args);
 }
 
-// Plan, scratch memory, and kernel launch or loop on the CPU, for ids (T,). `column` is the column
-// of (T, K) that they are, or -1 if a row has one id. Kernels that get a plan do not read the ids.
+// Builds the plan, allocates scratch memory, and launches kernels or runs CPU twins for ids (T,).
+// `column` is their column in ids (T, K), or -1 if a row has one id. Kernels read ids or a plan.
 void execute_column(const char* op, Step step, std::span<LoraArgs> modules, const Tensor& x,
                     const Tensor& ids_in, const int32_t* plan, const char* const* names,
                     int64_t column = -1) {
@@ -112,7 +113,7 @@ void execute_column(const char* op, Step step, std::span<LoraArgs> modules, cons
     const LoraPlanLayout layout{rows, first.bank.num_adapters};
     const auto idle = [](const LoraArgs& args) { return args.bank.max_rank == 0; };
     if (rows == 0 || std::all_of(modules.begin(), modules.end(), idle)) return;
-    // With zero in-features v is zero, and the CPU twins do not write it.
+    // Without in-features the update is zero: y stays as it is, and v is already zero.
     if (step != Step::kExpand && first.bank.in_features == 0) return;
     const c10::DeviceGuard guard(x.device());
     const bool kernels = launches_kernels(x);
@@ -179,8 +180,7 @@ void execute_column(const char* op, Step step, std::span<LoraArgs> modules, cons
     }
 }
 
-// Common part of all ops. Several modules are siblings, which share their rows; `names` are their
-// names in messages.
+// Runs one op on all modules, which share their rows; `names` are the modules' names in messages.
 void execute(const char* op, Step step, std::span<LoraArgs> modules, const Tensor& x,
              const Tensor& ids, const OptionalTensor& plan_in, const char* const* names = nullptr) {
     const int64_t rows = modules[0].num_tokens;
@@ -242,6 +242,7 @@ Tensor lora_shrink(const Tensor& x_in, const Tensor& a, const Tensor& adapter_id
     set_weights(op, args, bank, weights, groups, adapter_ids);
     args.x = x.const_data_ptr();
     args.x_row_stride = x.stride(0);
+    widen_pages(args, bank, x, adapter_ids);
     const auto options = x.options().dtype(accumulator_of(x));
     const int64_t rank = args.bank.max_rank;
     Tensor v = adapter_ids.dim() == 2 ? at::zeros({x.size(0), adapter_ids.size(1), rank}, options)
@@ -266,7 +267,7 @@ void lora_expand_(Tensor y, const Tensor& v_in, const Tensor& b, const Tensor& a
     check_device(op, "v", v_in, y.device());
     require(v_in.size(0) == y.size(0), op, "v.shape[0]", expected("y.shape[0] = ", y.size(0)),
             found(v_in.size(0)));
-    const Bank bank = bank_of(op, nullptr, &b, {}, ranks, page_table, y, "y", 0, y.size(1));
+    Bank bank = bank_of(op, nullptr, &b, {}, ranks, page_table, y, "y", 0, y.size(1));
     args.bank = bank.view;
     require(v_in.size(-1) == bank.view.max_rank, op, words("v.shape[", v_in.dim() - 1, "]"),
             expected("the rank of b, ", bank.view.max_rank), found(v_in.size(-1)));
@@ -285,6 +286,8 @@ void lora_expand_(Tensor y, const Tensor& v_in, const Tensor& b, const Tensor& a
     args.y_row_stride = y.stride(0);
     args.v = const_cast<void*>(v.const_data_ptr());
     args.v_row_stride = v.stride(0);
+    check_ids(op, adapter_ids, y.size(0), y.device());
+    widen_pages(args, bank, y, adapter_ids);
     execute(op, Step::kExpand, std::span(&args, 1), y, adapter_ids, plan);
 }
 
@@ -292,8 +295,8 @@ namespace {
 
 // Return the arguments of one module of an apply; `bank` must outlive them.
 LoraArgs apply_args(const char* op, const Tensor& y, const Tensor& x, const Tensor& a,
-                    const Tensor& b, const OptionalTensor& scale, const OptionalTensor& ranks,
-                    const OptionalTensor& page_table, Bank& bank) {
+                    const Tensor& b, const Tensor& adapter_ids, const OptionalTensor& scale,
+                    const OptionalTensor& ranks, const OptionalTensor& page_table, Bank& bank) {
     LoraArgs args;
     args.dtype = dtype_of(op, "x", x);
     check_like(op, "y", y, x, "x");
@@ -306,8 +309,11 @@ LoraArgs apply_args(const char* op, const Tensor& y, const Tensor& x, const Tens
     args.x_row_stride = x.stride(0);
     args.y = y.mutable_data_ptr();
     args.y_row_stride = y.stride(0);
+    widen_pages(args, bank, x, adapter_ids);
     return args;
 }
+
+}  // namespace
 
 void apply_to(const char* op, const Tensor& y, const Tensor& x_in, const Tensor& a, const Tensor& b,
               const Tensor& adapter_ids, const OptionalTensor& scale, const OptionalTensor& ranks,
@@ -315,14 +321,12 @@ void apply_to(const char* op, const Tensor& y, const Tensor& x_in, const Tensor&
               const OptionalTensor& weights, const OptionalTensor& groups) {
     check_dim(op, "x", x_in, 2, "(T, I)");
     const Tensor x = rows_contiguous(x_in);
-    Bank bank;
-    LoraArgs args = apply_args(op, y, x, a, b, scale, ranks, page_table, bank);
     check_ids(op, adapter_ids, x.size(0), x.device());
+    Bank bank;
+    LoraArgs args = apply_args(op, y, x, a, b, adapter_ids, scale, ranks, page_table, bank);
     set_weights(op, args, bank, weights, groups, adapter_ids);
     execute(op, Step::kApply, std::span(&args, 1), x, adapter_ids, plan);
 }
-
-}  // namespace
 
 Tensor lora_apply(const Tensor& x, const Tensor& a, const Tensor& b, const Tensor& adapter_ids,
                   const OptionalTensor& scale, const OptionalTensor& ranks,
@@ -417,9 +421,9 @@ void lora_apply_siblings_(const std::vector<Tensor>& ys, const Tensor& x_in,
                          {"page_table", of_module(page_table, j)},
                          {"groups", of_module(groups, j)}});
         }
-        modules[i] = apply_args(module, y, x, a[i], b[i], of_module(scale, i), of_module(ranks, i),
-                                of_module(page_table, i), banks[i]);
         if (i == 0) check_ids(op, adapter_ids, x.size(0), x.device());
+        modules[i] = apply_args(module, y, x, a[i], b[i], adapter_ids, of_module(scale, i),
+                                of_module(ranks, i), of_module(page_table, i), banks[i]);
         set_weights(module, modules[i], banks[i], weights, of_module(groups, i), adapter_ids);
         const int64_t slots = modules[i].bank.num_adapters;
         require(slots == modules[0].bank.num_adapters, module, "a",

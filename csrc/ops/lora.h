@@ -26,6 +26,11 @@ void lora_apply_(Tensor y, const Tensor& x, const Tensor& a, const Tensor& b,
                  const OptionalTensor& ranks, const OptionalTensor& page_table,
                  const OptionalTensor& plan, const OptionalTensor& weights,
                  const OptionalTensor& groups);
+// lora_apply_ for the op named `op`, whose y is new memory: does not check y.
+void apply_to(const char* op, const Tensor& y, const Tensor& x, const Tensor& a, const Tensor& b,
+              const Tensor& adapter_ids, const OptionalTensor& scale, const OptionalTensor& ranks,
+              const OptionalTensor& page_table, const OptionalTensor& plan,
+              const OptionalTensor& weights, const OptionalTensor& groups);
 // scale, ranks, page_table and groups, if given, have one tensor per module, or are empty.
 void lora_apply_siblings_(const std::vector<Tensor>& y, const Tensor& x,
                           const std::vector<Tensor>& a, const std::vector<Tensor>& b,

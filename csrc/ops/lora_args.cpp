@@ -1,6 +1,9 @@
 #include "ops/lora_args.h"
 
+#include <ATen/ops/arange.h>
 #include <ATen/ops/from_blob.h>
+#include <ATen/ops/full_like.h>
+#include <ATen/ops/zeros.h>
 #include <c10/core/GradMode.h>
 
 #include <algorithm>
@@ -21,6 +24,19 @@ const T* page_data(const char* op, const char* name, const Tensor& t, const Lora
     require(t.is_contiguous(), op, name, expected("a contiguous tensor"),
             found("strides ", t.strides()));
     return t.const_data_ptr<T>();
+}
+
+// Checks pages of float8_e4m3fn, (P, m, n), for up to `rank` ranks per adapter.
+void check_float8(const char* op, const char* name, const Tensor& t, const Tensor& x,
+                  const char* x_name, int64_t rank) {
+    check_device(op, name, t, x.device());
+    require(x.scalar_type() != at::kDouble, op, x_name,
+            expected("float32, float16 or bfloat16 with pages of ", t.scalar_type()),
+            found(x.scalar_type()));
+    require(rank <= kRankSpan, op, "page_table.shape[1]",
+            expected("at most ", kRankSpan / 8, " pages of ", t.scalar_type()), found(rank / 8));
+    require(t.dim() != 3 || t.size(0) == 0 || t[0].is_contiguous(), op, name,
+            expected("contiguous pages"), found("strides ", t.strides()));
 }
 
 }  // namespace
@@ -48,6 +64,7 @@ Bank bank_of(const char* op, const Tensor* a, const Tensor* b, const OptionalTen
         require(ranks.has_value(), op, "ranks", expected("the rank of each slot of the page_table"),
                 found("None"));
         w.page_table = table.const_data_ptr<int32_t>();
+        bank.page_table = table;
     }
     const auto factor = [&](const Tensor& t, const char* name, const char* shape, int rank_dim,
                             int width_dim, int64_t width, const char* width_owner) {
@@ -55,11 +72,15 @@ Bank bank_of(const char* op, const Tensor* a, const Tensor* b, const OptionalTen
             require(holds, op, words(name, ".shape[", dim, "]"), expected(what...),
                     found(t.size(dim)));
         };
-        check_like(op, name, t, x, x_name);
+        if (paged && t.scalar_type() == at::kFloat8_e4m3fn)
+            check_float8(op, name, t, x, x_name, rank);
+        else
+            check_like(op, name, t, x, x_name);
         check_dim(op, name, t, 3, shape);
         check_size(width_dim, t.size(width_dim) == width, width_owner, " = ", width);
         if (paged) {
             check_size(rank_dim, t.size(rank_dim) == 8, "8, the ranks of a page");
+            w.float8 = t.scalar_type() == at::kFloat8_e4m3fn;
             require(t.stride(-1) == 1 || t.size(-1) == 1, op, name,
                     expected("pages that are contiguous in their last dimension"),
                     found("strides ", t.strides()));
@@ -94,9 +115,12 @@ Bank bank_of(const char* op, const Tensor* a, const Tensor* b, const OptionalTen
             expected("at most ", kMaxSize, " features"), found(in, " and ", out));
     require(pages <= kMaxSize, op, bank_name, expected("at most ", kMaxSize, " pages"),
             found(pages));
-    if (paged && a && b)
+    if (paged && a && b) {
         require(b->size(0) == pages, op, "b.shape[0]", expected("a.shape[0] = ", pages, " pages"),
                 found(b->size(0)));
+        require(a->scalar_type() == b->scalar_type(), op, "b",
+                expected("the dtype of a, ", a->scalar_type()), found(b->scalar_type()));
+    }
     w.num_adapters = static_cast<int32_t>(slots);
     w.max_rank = static_cast<int32_t>(rank);
     w.pages_per_slot = static_cast<int32_t>(ceil_div(rank, 8));
@@ -112,6 +136,51 @@ Bank bank_of(const char* op, const Tensor* a, const Tensor* b, const OptionalTen
     }
     if (ranks) w.ranks = vector_data<int32_t>(op, "ranks", *ranks, slots, at::kInt, x.device());
     return bank;
+}
+
+void widen_pages(LoraArgs& args, Bank& bank, const Tensor& x, const Tensor& ids) {
+    LoraBank& w = args.bank;
+    if (!w.float8 || !launches_kernels(x) || lora_reads_float8(args)) return;
+    w.float8 = false;
+    if (w.num_pages == 0) return;  // no page is read
+    // Copies the pages of the slots that rows use. There may be no memory for the pages of others,
+    // whose adapters may be unloaded. T ids use at most T slots, which are sorted to the front.
+    const Tensor& table = bank.page_table;
+    const int64_t slots = w.num_adapters;
+    const Tensor flat = ids.flatten();
+    const Tensor known = flat.masked_fill(flat.ge(slots), -1).clamp_min(-1).to(at::kLong).add_(1);
+    const Tensor used = at::zeros({slots + 1}, table.options().dtype(at::kByte))
+                            .index_fill_(0, known, 1)
+                            .slice(0, 1);
+    const Tensor first = used.argsort(/*stable=*/true, /*dim=*/0, /*descending=*/true)
+                             .slice(0, 0, std::min(flat.numel(), slots));
+    const Tensor rows = table.index_select(0, first);
+    const Tensor absent = rows.lt(0)
+                              .logical_or_(rows.ge(w.num_pages))
+                              .logical_or_(used.index_select(0, first).eq(0).unsqueeze(1));
+    const Tensor index = rows.masked_fill(absent, 0).flatten();
+    const auto widened = [&](const Tensor& pages) {
+        return pages.view(at::kByte)
+            .index_select(0, index)
+            .view(pages.scalar_type())
+            .to(x.scalar_type());
+    };
+    const Tensor own = at::arange(rows.numel(), rows.options()).view(rows.sizes());
+    bank.page_table = at::full_like(table, -1).index_copy_(0, first, own.masked_fill(absent, -1));
+    w.page_table = bank.page_table.const_data_ptr<int32_t>();
+    w.num_pages = static_cast<int32_t>(rows.numel());
+    if (w.a) {
+        bank.a = widened(bank.a);
+        w.a = bank.a.const_data_ptr();
+        w.a_page_stride = w.a_slot_stride = bank.a.stride(0);
+        w.a_row_stride = bank.a.stride(1);
+    }
+    if (w.b) {
+        bank.b = widened(bank.b);
+        w.b = bank.b.const_data_ptr();
+        w.b_page_stride = w.b_slot_stride = bank.b.stride(0);
+        w.b_row_stride = bank.b.stride(1);
+    }
 }
 
 void set_weights(const char* op, LoraArgs& args, Bank& bank, const OptionalTensor& weights,

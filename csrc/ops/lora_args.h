@@ -16,7 +16,7 @@ constexpr int64_t kChunksTogether = 4;
 // Adapters of one op, and the tensors that own their memory.
 struct Bank {
     LoraBank view;
-    Tensor a, b, weights;
+    Tensor a, b, weights, page_table;
 };
 
 constexpr int64_t kMaxColumns = 64;  // ids per row
@@ -27,6 +27,10 @@ Bank bank_of(const char* op, const Tensor* a, const Tensor* b, const OptionalTen
              const OptionalTensor& ranks, const OptionalTensor& page_table, const Tensor& x,
              const char* x_name, int64_t in, int64_t out);
 
+// Converts float8 pages to the dtype of x if kernels do not read float8 pages in this call. The
+// rows of `args` must be set; `ids` are their adapter ids.
+void widen_pages(LoraArgs& args, Bank& bank, const Tensor& x, const Tensor& ids);
+
 // Checks the weights of rows and the groups of pages of a call with these ids, and stores both in
 // `args`, whose bank must be set.
 void set_weights(const char* op, LoraArgs& args, Bank& bank, const OptionalTensor& weights,
@@ -34,10 +38,10 @@ void set_weights(const char* op, LoraArgs& args, Bank& bank, const OptionalTenso
 
 // Raises if an op without a backward would become part of an autograd graph.
 void check_inference(const char* op, std::initializer_list<const Tensor*> tensors);
-// Checks that there is one id per row, or K ids, int64 or int32, on `device`. Only plans read the
-// values.
+// Checks that there is one id per row, or K ids, int64 or int32, on `device`. The values are read
+// only when a plan is built.
 void check_ids(const char* op, const Tensor& ids, int64_t rows, at::Device device);
-// Returns the ids, contiguous, as (K, T): a row for each column of (T, K), one for (T,).
+// Returns contiguous ids (K, T) for ids (T, K), or (1, T) for ids (T,).
 Tensor columns_of(const Tensor& ids);
 // Checks that a caller's plan has the size and device that these rows, adapters and columns of ids
 // require.
@@ -62,7 +66,7 @@ LoraPlanArgs plan_args(const Tensor& ids, int32_t num_adapters);
 // must check this in debug mode.
 void build_plan(const char* op, const Tensor& ids, LoraPlanArgs args, const Tensor& like,
                 int64_t column = -1);
-// column: the column of (T, K) that `ids` are, or -1 if a row has one id.
+// Raises for the first id out of range. `ids` are column `column` of (T, K), or (T,) if it is -1.
 [[noreturn]] void raise_bad_id(const char* op, const Tensor& ids, int64_t num_adapters,
                                int64_t column = -1);
 

@@ -78,7 +78,8 @@ class Call {
     GramAdapter& operator[](size_t i) { return adapters_[i]; }
     at::ScalarType dtype(size_t i) const { return dtypes_[i]; }
 
-    // Runs the adapters, one dtype at a time; items_of(rank) returns the items of an adapter.
+    // Computes all adapters, one dtype at a time; items_of(rank) is the number of items of an
+    // adapter.
     template <class Launch>
     void run(const Tensor& like, bool float64, int64_t (*items_of)(int64_t),
              void (*GramCpu::*twin)(const GramArgs&, int64_t, int64_t), Launch&& launch) const {

@@ -55,7 +55,8 @@ LoraDropout dropout_of(const char* op, const char* p_name, double p, const Optio
     return dropout;
 }
 
-// The backward has a block per 256 outputs, and a grid has at most 65535 rows of blocks.
+// The backward's kernels have one block per 256 outputs, and a grid has at most 65535 rows of
+// blocks.
 constexpr int64_t kMostOutputs = int64_t{65535} * 256;
 
 // Arguments of one call, and the tensors that own their memory.
@@ -106,14 +107,15 @@ struct Call {
 
     LoraPlanLayout layout() const { return {args.lora.num_tokens, args.lora.bank.num_adapters}; }
 
-    // Return false if there are no rows or no ranks, so that every product with an adapter is zero.
+    // Return false if there are no rows, no ranks or no in-features: products with adapters are
+    // then zero.
     bool active() const {
         return args.lora.num_tokens > 0 && args.lora.bank.max_rank > 0 &&
                args.lora.bank.in_features > 0;
     }
 
-    // Passes over the columns of the ids: calls f() with the plan, the weights, the dropout and the
-    // v (T, K, R) of each, in order.
+    // Calls f(k) for each column k of the ids, in order, after setting the plan, the weights, the
+    // dropout and v (a column of the argument, (T, K, R)) of this column in `args`.
     template <typename F>
     void for_columns(const Tensor& v, F&& f) {
         const LoraArgs& lora = args.lora;
@@ -209,8 +211,8 @@ struct Call {
         return base_bits ? at::linear(spaced(left), weight, bias) : fast_linear(left, weight, bias);
     }
 
-    // Returns whether any entry of the ids has no adapter or one of rank 0; CPU only, since it
-    // reads the plan.
+    // Returns whether an entry of the ids has no adapter, or an adapter of rank 0. CPU only, since
+    // the function reads the plan.
     bool idle_rows() const {
         const LoraArgs& lora = args.lora;
         for (int64_t k = 0; k < columns; ++k) {
@@ -355,8 +357,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> lora_linear_backward(
     args.dy = dy.const_data_ptr();
     args.dy_row_stride = dy.stride(0);
     if (need_dx) args.dx = dx.mutable_data_ptr(), args.dx_row_stride = dx.stride(0);
-    // Columns after the first add their gradients of the factors to those before: twins in place,
-    // kernels from second tensors.
+    // Each column of the ids after the first adds its da and db to those of the columns before it:
+    // CPU twins add in place, kernels write a second tensor that is then added.
     const bool kernels = launches_kernels(x);
     Tensor more_a, more_b;
     if (kernels && call.columns > 1 && need_da) more_a = at::empty(da.sizes(), da.options());

@@ -1,4 +1,4 @@
-// Backwards of the training ops. Like autograd.h, this header is included only by bindings.cpp.
+// Autograd functions of the training ops. Like autograd.h, this is included only by bindings.cpp.
 #pragma once
 
 #include <ATen/autocast_mode.h>

@@ -26,6 +26,9 @@ const char* launch_status_string(LaunchStatus) {
 LX_NO_KERNEL(launch_lora_plan, const LoraPlanArgs&, void*)
 LX_NO_KERNEL(launch_lora_segment_ids, const int32_t*, const int32_t*, int32_t, int32_t*, int64_t,
              void*)
+bool lora_reads_float8(const LoraArgs&) {
+    return false;
+}
 int64_t lora_workspace_bytes(const LoraArgs&) {
     return 0;
 }

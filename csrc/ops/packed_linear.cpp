@@ -2,12 +2,18 @@
 // are not rounded are packed only on the CPU.
 #include "ops/packed_linear.h"
 
+#include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/ops/aminmax.h>
 #include <ATen/ops/empty.h>
+#include <ATen/ops/equal.h>
+#include <c10/core/GradMode.h>
+#include <c10/util/accumulate.h>
 
 #include "lora_ext/packed_bits.h"
 #include "lora_ext/packed_linear.h"
 #include "ops/checks.h"
+#include "ops/lora.h"
+#include "ops/lora_args.h"
 #include "ops/settings.h"
 #include "ops/stream.h"
 
@@ -55,7 +61,7 @@ at::DimVector block_sizes(const PackedBitsArgs& args) {
     return {panels, groups, bytes};
 }
 
-// Runs a twin on all panels; `times` is its time over that of reading the weight.
+// Runs a twin on all panels; `times` is its time divided by the time that reading the weight takes.
 void for_blocks(const PackedBitsArgs& args, void (*twin)(const PackedBitsArgs&, int64_t, int64_t),
                 int64_t times = 1) {
     for_items(ceil_div(args.out_features, kPanel),
@@ -63,7 +69,8 @@ void for_blocks(const PackedBitsArgs& args, void (*twin)(const PackedBitsArgs&, 
               [&](int64_t begin, int64_t end) { twin(args, begin, end); });
 }
 
-// Returns the dtype of a tensor beside a weight of 8 or 4 bits, and checks its device.
+// Returns the dtype of a weight before it is rounded to 8 or 4 bits, or after it is unpacked, and
+// checks its device.
 DType bits_dtype(const char* op, const char* name, const Tensor& t) {
     return launches_kernels(t) ? dtype_of(op, name, t) : packed_dtype(op, name, t);
 }
@@ -161,7 +168,7 @@ void launch_product(const char* op, PackedBitsArgs& args, const Tensor& x, const
     const Tensor rows = fits ? x : at::empty(x.sizes(), x.options()).copy_(x);
     args.input = rows.const_data_ptr();
     args.x_stride = fits ? apart : args.in_features;
-    // Only a view has codes that 16-byte loads cannot read.
+    // The kernel loads 16 bytes at once. Only views may start at other addresses.
     const bool aligned = reinterpret_cast<uintptr_t>(args.packed) % 16 == 0;
     const Tensor codes = aligned ? packed : packed.clone();
     args.packed = const_cast<uint8_t*>(codes.const_data_ptr<uint8_t>());
@@ -178,7 +185,7 @@ void launch_product(const char* op, PackedBitsArgs& args, const Tensor& x, const
 Tensor product_of_bits(const char* op, const Tensor& x, const Tensor& packed,
                        const OptionalTensor& bias, int64_t out_features, bool int8) {
     PackedBitsArgs args;
-    // Rows of 8 bits have only a twin, which the emulated build also runs.
+    // Only a CPU twin supports rows rounded to 8 bits; the emulated build runs it, too.
     const bool kernel = launches_kernels(x) && !(int8 && x.is_cpu());
     require(!kernel || !int8, op, "int8", expected("False on CUDA"), found("True"));
     args.dtype = kernel ? dtype_of(op, "x", x) : packed_dtype(op, "x", x);
@@ -218,6 +225,41 @@ Tensor product_of_bits(const char* op, const Tensor& x, const Tensor& packed,
     // Widening and multiplying codes takes longer than reading them, from about 4 rows on.
     for_blocks(args, twins.product, 1 + 2 * args.rows / args.bits);
     return y;
+}
+
+Tensor product(const char* op, const Tensor& x, const Tensor& packed, const OptionalTensor& bias,
+               int64_t out_features, bool int8) {
+    if (packed.scalar_type() == at::kByte)
+        return product_of_bits(op, x, packed, bias, out_features, int8);
+    PackedLinearArgs args;
+    args.dtype = packed_dtype(op, "x", x);
+    const Tensor dense = set_operands(op, args, x, bias, out_features);
+    require(!int8, op, "int8", expected("False for a weight that has no codes"), found("True"));
+    check_like(op, "packed", packed, x, "x");
+    require(packed.sizes() == packed_sizes(args), op, "packed",
+            expected("pack_weight() of a weight (", out_features, ", ", args.in_features,
+                     "), shape ", at::IntArrayRef(packed_sizes(args))),
+            found(packed.sizes()));
+    require(packed.is_contiguous(), op, "packed", expected("a contiguous tensor"),
+            found("strides ", packed.strides()));
+    Tensor y = at::empty({args.rows, out_features}, x.options());
+    if (y.numel() == 0) return y;
+    const Tensor rows = rows_contiguous(x);
+    args.x = rows.const_data_ptr();
+    args.x_stride = rows.stride(0);
+    args.packed = const_cast<void*>(packed.const_data_ptr());
+    args.y = y.mutable_data_ptr();
+    for_panels(args, chosen_twins<PackedLinearCpu>().product);
+    return y;
+}
+
+// Returns whether n values with a stride equal `copy`. It reads all values, since a branch for each
+// would not let the loads overlap.
+template <class T>
+bool same_values(const T* values, int64_t stride, const T* copy, int64_t n) {
+    T different = 0;
+    for (int64_t i = 0; i < n; ++i) different |= values[i * stride] ^ copy[i];
+    return different == 0;
 }
 
 }  // namespace
@@ -267,29 +309,56 @@ Tensor unpack_weight(const Tensor& packed, int64_t out_features, int64_t in_feat
 
 Tensor packed_linear(const Tensor& x, const Tensor& packed, const OptionalTensor& bias,
                      int64_t out_features, bool int8) {
-    const char* op = "packed_linear";
-    if (packed.scalar_type() == at::kByte)
-        return product_of_bits(op, x, packed, bias, out_features, int8);
-    PackedLinearArgs args;
-    args.dtype = packed_dtype(op, "x", x);
-    const Tensor dense = set_operands(op, args, x, bias, out_features);
-    require(!int8, op, "int8", expected("False for a weight that has no codes"), found("True"));
-    check_like(op, "packed", packed, x, "x");
-    require(packed.sizes() == packed_sizes(args), op, "packed",
-            expected("pack_weight() of a weight (", out_features, ", ", args.in_features,
-                     "), shape ", at::IntArrayRef(packed_sizes(args))),
-            found(packed.sizes()));
-    require(packed.is_contiguous(), op, "packed", expected("a contiguous tensor"),
-            found("strides ", packed.strides()));
-    Tensor y = at::empty({args.rows, out_features}, x.options());
-    if (y.numel() == 0) return y;
-    const Tensor rows = rows_contiguous(x);
-    args.x = rows.const_data_ptr();
-    args.x_stride = rows.stride(0);
-    args.packed = const_cast<void*>(packed.const_data_ptr());
-    args.y = y.mutable_data_ptr();
-    for_panels(args, chosen_twins<PackedLinearCpu>().product);
+    return product("packed_linear", x, packed, bias, out_features, int8);
+}
+
+Tensor packed_lora_linear(const Tensor& x_in, const Tensor& packed, const OptionalTensor& bias,
+                          int64_t out_features, bool int8, const Tensor& a, const Tensor& b,
+                          const Tensor& adapter_ids, const OptionalTensor& scale,
+                          const OptionalTensor& ranks, const OptionalTensor& page_table,
+                          const OptionalTensor& plan, const OptionalTensor& weights,
+                          const OptionalTensor& groups) {
+    constexpr auto op = "packed_lora_linear";
+    check_inference(op, {&x_in, &a, &b});
+    require(x_in.dim() > 0, op, "x", expected("shape (..., I)"), found(x_in.sizes()));
+    const at::AutoDispatchBelowADInplaceOrView no_views_are_recorded;
+    at::DimVector sizes(x_in.sizes());
+    const int64_t rows = c10::multiply_integers(sizes.begin(), sizes.end() - 1);
+    const Tensor x = sizes.size() == 2 ? x_in : x_in.reshape({rows, sizes.back()});  // (T, I)
+    Tensor y = product(op, x, packed, bias, out_features, int8);                     // (T, O)
+    apply_to(op, y, x, a, b, adapter_ids, scale, ranks, page_table, plan, weights, groups);
+    sizes.back() = out_features;
+    y.unsafeGetTensorImpl()->set_sizes_contiguous(sizes);  // A view would not be a new tensor.
     return y;
+}
+
+bool is_plain_product(const Tensor& x, const OptionalTensor& matrix, const OptionalTensor& bias,
+                      int64_t out_features) {
+    using c10::DispatchKey;
+    if (!matrix || (!x.is_cpu() && !x.is_cuda()) || x.layout() != c10::kStrided) return false;
+    const Tensor& weight = *matrix;
+    if (weight.dim() != 2 || weight.size(0) != out_features) return false;
+    if (x.scalar_type() != weight.scalar_type() || x.device() != weight.device()) return false;
+    if (x.dim() == 0 || x.numel() == 0 || x.size(-1) != weight.size(-1)) return false;
+    const bool requires_grad =
+        x.requires_grad() || weight.requires_grad() || (bias && bias->requires_grad());
+    if (requires_grad && c10::GradMode::is_enabled()) return false;
+    const auto keys = c10::impl::tls_local_dispatch_key_set();
+    const auto autocast = x.is_cuda() ? DispatchKey::AutocastCUDA : DispatchKey::AutocastCPU;
+    constexpr c10::DispatchKeySet watching{DispatchKey::Tracer,
+                                           DispatchKey::FuncTorchDynamicLayerFrontMode,
+                                           DispatchKey::FuncTorchDynamicLayerBackMode};
+    return keys.excluded_.has(autocast) && !keys.included_.has_any(watching);
+}
+
+bool same_bits(const Tensor& t, const Tensor& copy) {
+    const bool whole = t.is_contiguous();
+    if (!(whole || t.dim() == 1) || t.sizes() != copy.sizes() || !copy.is_contiguous())
+        return at::equal(t, copy);
+    const int64_t stride = whole ? 1 : t.stride(0), n = t.numel();
+    if (t.scalar_type() == at::kInt)
+        return same_values(t.const_data_ptr<int32_t>(), stride, copy.const_data_ptr<int32_t>(), n);
+    return same_values(t.const_data_ptr<int16_t>(), stride, copy.const_data_ptr<int16_t>(), n);
 }
 
 }  // namespace lora_ext

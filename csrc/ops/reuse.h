@@ -1,4 +1,5 @@
-// Memory reuse for large, short-lived CPU results: fresh pages cost more than writing the result.
+// Reuses the memory of large, short-lived CPU results, because the operating system takes longer to
+// provide new memory than the op takes to write its result.
 #pragma once
 
 #include "ops/call.h"

@@ -8,7 +8,7 @@
 
 namespace lora_ext {
 
-// Memory that a thread keeps until it ends, so that a CPU call allocates only its result.
+// Memory that a thread owns until the thread ends, so that a CPU call allocates only its result.
 class Scratch {
   public:
     void* get(size_t bytes) {

@@ -1,5 +1,5 @@
-// Whether an op on a tensor launches CUDA kernels or runs its CPU twin, and the current stream of
-// the tensor's device. Each extension module implements both functions in module.cpp.
+// Choice between CUDA kernels and CPU twins for a tensor, and the current stream of its device.
+// Each extension module implements both functions in module.cpp.
 #pragma once
 
 #include <ATen/core/Tensor.h>

@@ -218,6 +218,10 @@ inline constexpr std::tuple kOps{
     NoGradient<&packed_linear, kPacked>{
         "packed_linear",
         "(Tensor x, Tensor packed, Tensor? bias, int out_features, bool int8=False) -> Tensor"},
+    NoGradient<&packed_lora_linear, kPacked>{
+        "packed_lora_linear",
+        "(Tensor x, Tensor packed, Tensor? bias, int out_features, bool int8, Tensor a, Tensor b, "
+        "Tensor adapter_ids, Tensor? scale=None, " LX_ADAPTERS ", " LX_WEIGHTS ") -> Tensor"},
 
     // --- pointwise ---
     NoGradient<&pointwise, kPointwise>{"pointwise", "(Tensor x, str function) -> Tensor"},

@@ -125,7 +125,8 @@ struct Call {
         for_items(args.rows, args.hiddens * work, kSerialExps,
                   [&](int64_t begin, int64_t end) { (twin.*step.twin)(args, begin, end); });
     }
-    // Runs the step on each chunk, then calls f(rows of the weight, logits).
+    // For each chunk of the vocabulary: computes the logits, runs the step on them, and calls
+    // f(rows of the weight, logits).
     template <class F>
     void sweep(const Step& step, F&& f) {
         if (args.rows == 0) return;

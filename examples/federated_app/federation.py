@@ -49,7 +49,7 @@ def batches(partition: int) -> list[tuple[Tensor, Tensor]]:
 
 
 class LastLayers:
-    """Allocator of the layers nearest to the output, as many as a client can train."""
+    """Allocator that gives each client the layers nearest to the output that it can train."""
 
     def plan(self, round: int, client: int | str, capability: int) -> LayerPlan:
         return LayerPlan(tuple(range(LAYERS - capability, LAYERS)))

@@ -1,5 +1,5 @@
-"""Parsing of untrusted ``adapter_config.json`` files, and a check that several of them contain the
-name of the same base model."""
+"""Parsing of untrusted ``adapter_config.json`` files, and a check that several files name the same
+base model."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ from lora_ext.layers import FREE, LoraConfig, checked_names, matches_suffix
 
 from ._model_index import ModelIndex
 
-#: Initialisations of this package that PEFT does not know.
+#: Initialisations of this package that PEFT does not support.
 OWN_INITS = frozenset(FREE) - {"gaussian", "orthogonal"}
 # Field that stores one of OWN_INITS in a file. An unknown value of init_lora_weights makes PEFT
 # raise before it loads the tensors, whereas an unknown field only makes it warn.
 _INIT_FIELD = "lora_ext_init"
 
-# Fields of every kind that are kept in `raw` but not parsed. Except for peft_type, which is
-# checked, they record the adapter's origin.
+# Fields that every kind of adapter has and that are kept in `raw` but not parsed. Except for
+# peft_type, which is checked, they record the adapter's origin.
 _IGNORED = frozenset(
     "auto_mapping base_model_name_or_path inference_mode peft_type peft_version revision "
     "runtime_config".split()
@@ -38,12 +38,12 @@ _PLAIN_INITS = (True, False, "gaussian")
 _INIT_SETTINGS = ("corda_config", "eva_config", "loftq_config", "lora_ga_config")
 # Initialisations that subtract the new adapter from the base weight, which all adapters share.
 _BASE_CHANGING_INITS = ("pissa", "olora", "corda", "loftq", "lora_ga")
-# Fields of every kind that are parsed: the adapted modules.
+# Fields that every kind of adapter has and that are parsed. They select the adapted modules.
 _OF_MODULES = frozenset(
     "target_modules exclude_modules layers_to_transform layers_pattern task_type bias "
     "modules_to_save".split()
 )
-# Fields of LoRA that are parsed, and kept by a copy.
+# Fields of LoRA that are parsed; `to_dict` returns the parsed values.
 _READ = (
     _OF_MODULES
     | frozenset(
@@ -57,8 +57,8 @@ _REFUSED_BESIDE = {
         ("lora_dropout", *_VARIANTS, "lora_bias", "fan_in_fan_out", "velora_config"),
         "neither PEFT nor this package supports it on experts",
     ),
-    # These features change tokens before the activated adapter starts. The keys and values of these
-    # tokens are shared with other rows.
+    # These features would also change tokens before the invocation. Other rows share the keys and
+    # values of these tokens.
     "alora_invocation_tokens": {
         **dict.fromkeys(_VARIANTS, "PEFT refuses it too"),
         "modules_to_save": "a replaced module processes every token",
@@ -70,7 +70,7 @@ _TRAINED_BIASES = ("all", "lora_only")
 
 # Folder of a model in the Hub's cache: models--org--name/snapshots/<revision>.
 _CACHED = re.compile(r"models--(?:.+--)?(.+)")
-# Suffix in the name of a quantised copy of a model. Adapters of the model are often trained on it.
+# Suffix in the name of a quantised copy of a model. Adapters are often trained on such a copy.
 _STORED = re.compile(r"[-_.](unsloth[-_.])?(bnb[-_.][48]bit|awq|gptq|fp8)$")
 
 Value = TypeVar("Value", int, float)
@@ -85,8 +85,8 @@ class AdapterConfig(LoraConfig):
     target_parameters: Iterable[str] | None = None  # suffixes of names of routed experts
     # Ids of tokens that get new rows in the input embedding, or lists of ids by embedding name.
     trainable_token_indices: Iterable[int] | Mapping[str, Iterable[int]] | None = None
-    base_bias: str = "none"  # which biases of the base model were trained: "all" or "lora_only"
-    unknown: tuple[str, ...] = ()  # names of unknown fields with a value that does not mean "off"
+    base_bias: str = "none"  # trained biases of the base model: "none", "all" or "lora_only"
+    unknown: tuple[str, ...] = ()  # names of unknown fields, except those with false values
     raw: Mapping[str, Any] = field(default_factory=dict, compare=False)  # all fields as read
 
     def __post_init__(self) -> None:
@@ -127,7 +127,7 @@ class AdapterConfig(LoraConfig):
         lora, init = kind.name == "LORA", raw.get("init_lora_weights")
         if lora and isinstance(init, str) and init.lower() in OWN_INITS:
             raw = {**raw, "init_lora_weights": True, _INIT_FIELD: init.lower()}
-        fields = _READ if lora else _OF_MODULES  # other fields of other kinds stay in `raw`
+        fields = _READ if lora else _OF_MODULES  # the remaining fields are only kept in `raw`
         read = {key: raw[key] for key in fields & raw.keys()}
         if lora and read.get("bias") in _TRAINED_BIASES:
             read["base_bias"] = read.pop("bias")
@@ -139,7 +139,7 @@ class AdapterConfig(LoraConfig):
 
     @property
     def peft_type(self) -> str:
-        """PEFT's name of the kind of adapter."""
+        """PEFT's name of the adapter's kind, such as "LORA"."""
         name = self.raw.get("peft_type", "LORA")
         return getattr(name, "value", name)
 
@@ -153,8 +153,8 @@ class AdapterConfig(LoraConfig):
         return self.to_dict()
 
     def of_modules(self, names: Iterable[str]) -> tuple[dict[str, Mapping[str, Any]], list[str]]:
-        """Return the fields of the kind for each module, with the module's values of patterns, and
-        the keys of patterns that match no module."""
+        """Return the configuration of each module, in which values of matching patterns replace the
+        defaults, and the keys of patterns that match no module."""
         names, fields, unused = tuple(sorted(names)), self._fields, []
         own: dict[str, dict[str, Any]] = {name: {} for name in names}
         for pattern, key in self.kind.patterns.items():
@@ -188,16 +188,16 @@ class AdapterConfig(LoraConfig):
     def to_dict(self) -> dict[str, Any]:
         """Return all fields by PEFT's names: the parsed values, and the other fields as read.
 
-        If ``init_lora_weights`` is a value that some versions of PEFT do not know, or that needs
-        data, it is replaced by True. This has no effect on factors that are loaded. The fields of
-        kinds other than LoRA are returned as read.
+        For ``init_lora_weights``, True replaces a value that needs data or that some versions of
+        PEFT do not support; this has no effect on factors that are loaded. The fields of kinds
+        other than LoRA are returned as read.
         """
         if self.peft_type != "LORA":
             return {**self.raw, "peft_type": self.peft_type}
         parsed = {key: value for key, value in super().to_dict().items() if key in _READ}
         saved = self.modules_to_save
         if self.alora_invocation_tokens is None and "alora_invocation_tokens" not in self.raw:
-            del parsed["alora_invocation_tokens"]  # older versions of PEFT do not know this field
+            del parsed["alora_invocation_tokens"]  # older versions of PEFT do not have this field
         parsed |= {"bias": self.base_bias, "modules_to_save": saved and list(saved)}
         raw = dict(self.raw)
         if raw.get("init_lora_weights", True) not in _PLAIN_INITS:
@@ -216,14 +216,14 @@ class AdapterConfig(LoraConfig):
 
         Args:
             ranks: ranks by full name of a module. Exactly these modules are adapted.
-            scalings: scales by full name of a module. :meth:`ranks_and_scales` returns them, with a
-                difference in the last bit if no alpha gives the scale exactly.
+            scalings: scales by full name of a module. The :meth:`ranks_and_scales` of the copy
+                returns them; a scale that no alpha gives exactly differs in the last bit.
             others: names of modules in the model that must not be adapted, even if they end with a
                 name in ``ranks``.
             changes: new values of other fields, including ``use_rslora``.
         """
         names = tuple(sorted(ranks))
-        if self.peft_type != "LORA":  # factors of another kind are those of a LoRA adapter
+        if self.peft_type != "LORA":  # factors of other kinds are saved as a LoRA adapter
             kept = ("base_model_name_or_path", "task_type", "fan_in_fan_out", "modules_to_save")
             raw = {key: self.raw[key] for key in kept if key in self.raw}
             self = AdapterConfig.parse({"peft_type": "LORA", **raw}, self.where)
@@ -250,8 +250,8 @@ class AdapterConfig(LoraConfig):
         )
         saved = tuple(self.modules_to_save or ())
         if saved:
-            # PEFT adapts no module that it saves. Unlike in `saves_whole`, it compares whole parts
-            # of names here: ``head`` does not match ``lm_head``.
+            # PEFT does not adapt a module in modules_to_save. Unlike in `saves_whole`, entries
+            # match whole parts of names here: ``head`` does not match ``lm_head``.
             found = {
                 name
                 for name in found
@@ -279,7 +279,7 @@ class AdapterConfig(LoraConfig):
     def ranks_and_scales(
         self, names: Iterable[str]
     ) -> tuple[dict[str, tuple[int, float]], list[str]]:
-        """Return the rank and scale of each module of LoRA, and the keys of ``rank_pattern`` and
+        """Return the rank and scale of each LoRA module, and the keys of ``rank_pattern`` and
         ``alpha_pattern`` that match no module."""
         found, unused = self.ranks_and_alphas(names)
         root = math.sqrt if self.use_rslora else float
@@ -343,12 +343,12 @@ def patterns(values: Mapping[str, Value]) -> tuple[Value, dict[str, Value]]:
     ``rank_pattern``.
 
     Returns:
-        the most frequent value, and a dict with the other values by pattern of a module name.
+        the most frequent value, and a dict from patterns of module names to the other values.
     """
     common = Counter(values.values()).most_common(1)[0][0]
 
     def pattern(name: str) -> str:
-        # PEFT also matches a pattern with the end of a name, unless it begins with "^".
+        # PEFT also applies a pattern that does not begin with "^" to names that end with it.
         ends = any(other.endswith(f".{name}") for other in values)
         return f"^{re.escape(name)}" if ends else name
 
@@ -356,8 +356,8 @@ def patterns(values: Mapping[str, Value]) -> tuple[Value, dict[str, Value]]:
 
 
 def longer_than(names: Iterable[str]) -> str:
-    """Return a regular expression that matches all longer names that end with one of ``names``,
-    except those in ``names``."""
+    """Return a regular expression for PEFT's ``exclude_modules``. It matches every longer name that
+    ends with one of ``names``, and possibly other names, but none of ``names``."""
     names = sorted(names)
     first = "|".join(sorted({re.escape(name.partition(".")[0]) for name in names}))
     longer = rf".+\.(?:{first})(?:\..*)?"
@@ -370,7 +370,7 @@ def longer_than(names: Iterable[str]) -> str:
 
 
 class BaseModels:
-    """Check that adapters have the same base model, by ``base_model_name_or_path``.
+    """Comparison of the base models of adapters, by ``base_model_name_or_path``.
 
     Every name is compared with the first one. Adapters without a name are not compared.
     """
@@ -408,7 +408,7 @@ class BaseModels:
 
 
 def model_name(model: Any) -> Any:
-    """Return the name that PEFT stores as ``base_model_name_or_path``, or None if there is none."""
+    """Return the name that PEFT stores as ``base_model_name_or_path``; None without a name."""
     return getattr(model, "name_or_path", None)
 
 

@@ -32,14 +32,15 @@ def live_adapter(
         where: prefix of error messages.
 
     Raises:
-        ValueError: If the model has no such adapter; if ``adapter`` is None and not exactly one is
-            active; or if the layers have settings that PEFT's configuration cannot express.
+        ValueError: If the model has no such adapter; if ``adapter`` is None and the number of
+            active adapters is not 1; or if the layers have settings that PEFT's configuration
+            cannot express.
     """
     configs = getattr(model, "peft_config", None)
     layers = {n: m for n, m in model.named_modules() if isinstance(m, LoraLayer)}
     if isinstance(configs, Mapping):
         active: Any = []
-        if adapter is None:  # Read only if needed: transformers raises if only PEFT added layers.
+        if adapter is None:  # transformers' method raises for adapters that PEFT itself added
             active = getattr(model, "active_adapters", [])
             if callable(active):  # a method in transformers, a property in PEFT
                 active = active()
@@ -84,7 +85,7 @@ def _describe(
     def everywhere(field: str) -> bool:
         values = {name: getattr(layer, field)[adapter] for name, layer in layers.items()}
         others = [name for name, value in values.items() if not value]
-        expected = "the same value in every layer, since PEFT's configuration has one for all"
+        expected = "one value for all layers, as PEFT's configuration requires"
         found = f"False in {', '.join(others[:4])} only"
         require(len(others) in (0, len(values)), where, field, expected, found)
         return not others
@@ -98,7 +99,7 @@ def _describe(
     init = inits.pop() if len(inits) == 1 and inits <= {False, *OWN_INITS} else True
     rslora = all(layer.use_rslora[adapter] for layer in layers.values())
     ranks = {name: layer.r[adapter] for name, layer in layers.items()}
-    # Alphas are computed from the scale, which users may change without lora_alpha.
+    # Alphas are computed from the scales, since users may change a scale but not lora_alpha.
     scalings = {name: layer.scaling[adapter] for name, layer in layers.items()}
     rates = {float(getattr(layer.lora_dropout[adapter], "p", 0.0)) for layer in layers.values()}
     invocations = {layer.alora_invocation_tokens.get(adapter, ()) for layer in layers.values()}

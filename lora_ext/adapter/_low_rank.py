@@ -1,4 +1,4 @@
-"""Norms, truncation and padding of low-rank products, and random rows in place of zero ones.
+"""Norms, truncation and padding of low-rank products, and new random rows for zero rows.
 
 The product of the factors a ``(r, I)`` and b ``(O, r)`` is ``b @ a``. It is never formed.
 """
@@ -65,7 +65,7 @@ def truncated(a: Tensor, b: Tensor, rank: int, dtype: torch.dtype) -> tuple[Tens
     q_a, r_a = torch.linalg.qr(a.T)
     u, s, vh = torch.linalg.svd(r_b @ r_a.T)
     sizes = a.norm(dim=1) * b.norm(dim=0)  # (r,), norms of the terms of ``b @ a``, which may cancel
-    # Bound of the error of QR and SVD.
+    # Bound of the rounding error of QR and SVD.
     noise = torch.finfo(s.dtype).eps * max(len(b), a.shape[1]) * float(sizes.sum())
     kept = s[:rank].where(s[:rank] > noise, 0)
     dropped = math.hypot(float(s[rank:].norm()), float((s[:rank] - kept).norm()))
@@ -78,7 +78,7 @@ def truncated(a: Tensor, b: Tensor, rank: int, dtype: torch.dtype) -> tuple[Tens
 
 
 def padded(a: Tensor, b: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    """Pad both factors with zeros to ``rank``. Their product does not change."""
+    """Return both factors padded with zeros to ``rank``. Their product does not change."""
     missing = rank - len(a)
     if missing == 0:
         return a, b
@@ -98,7 +98,7 @@ def able_to_learn(a: Tensor, b: Tensor, generator: torch.Generator | None = None
     change.
 
     The gradient of a row of A is 0 if the column of B is 0, and the gradient of the column is 0 if
-    the row is 0. If both are 0, training never changes them. Such a row is therefore drawn from
+    the row is 0. If both are 0, training changes neither. The row is therefore drawn from
     ``U(-1/sqrt(I), 1/sqrt(I))``, as in a new adapter, and the column stays 0. All functions that
     create factors call this function at the end. This is our choice.
 
@@ -124,8 +124,10 @@ def able_to_learn(a: Tensor, b: Tensor, generator: torch.Generator | None = None
 def resized(
     where: str, a: Tensor, b: Tensor, rank: int, generator: torch.Generator | None = None
 ) -> tuple[Tensor, Tensor, float]:
-    """Change the rank of two factors. A smaller rank gives the best approximation of the product; a
-    larger rank does not change the product.
+    """Return two factors with a new rank, and the error of their product.
+
+    A smaller rank gives the best approximation of the product. A larger rank does not change the
+    product.
 
     Args:
         where: prefix of error messages.
@@ -156,7 +158,7 @@ def widest(*tensors: Tensor) -> torch.dtype:
 
 
 class TooLarge(ValueError):
-    """Error of a value that overflows the dtype of the result."""
+    """Error that is raised if a value overflows the dtype of the result."""
 
 
 def rounded(values: Tensor, like: Tensor, dtype: torch.dtype, where: str) -> Tensor:

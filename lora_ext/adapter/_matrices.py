@@ -68,7 +68,7 @@ def _bare(
 
 
 def check_floating(where: str, name: str, t: Any) -> None:
-    """Raise TypeError unless ``t`` is a floating tensor."""
+    """Raise TypeError unless ``t`` is a floating-point tensor."""
     found = t.dtype if isinstance(t, Tensor) else type(t).__name__
     floating = isinstance(t, Tensor) and t.is_floating_point()
-    require(floating, where, name, "a floating tensor", found, TypeError)
+    require(floating, where, name, "a floating-point tensor", found, TypeError)

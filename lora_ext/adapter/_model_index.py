@@ -39,7 +39,7 @@ _CHUNK = 1 << 24  # number of elements that are compared at once
 PAGE_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 INTEGER_DTYPES = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 
-# Modules that PEFT can adapt and this package cannot. An adapter that targets one is rejected.
+# Module classes that PEFT can adapt but this package cannot. Adapters for them are rejected.
 _UNSUPPORTED = (nn.Embedding, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.MultiheadAttention)
 
 # The linear layers of routed experts receive rows in a different order from that of the batch, so
@@ -49,7 +49,7 @@ ROUTED = "routed experts"
 
 @dataclass(frozen=True)
 class LinearSpec:
-    """Description of a module, or a parameter of experts, that can have an adapter."""
+    """Description of a module, or of a parameter of routed experts, that can have an adapter."""
 
     name: str
     in_features: int  # for an embedding, the number of tokens
@@ -59,18 +59,19 @@ class LinearSpec:
     kernel: tuple[int, ...] = ()  # kernel size of a convolution
     groups: int = 1  # groups of a convolution
     plain: bool = False  # whether the class is exactly nn.Linear or nn.Embedding
-    experts: int = 1  # number of matrices in a parameter that has one per expert
+    experts: int = 1  # for a parameter with one matrix per expert, the number of experts
     embedding: bool = False
+    float8: bool = False  # whether a pool stores pages as float8_e4m3fn; vectors have `dtype`
     #: Names of all modules that an adapter changes, in the order of the model.
     order: tuple[str, ...] = ()
 
 
 class UnknownSize(NotImplementedError):
-    """Error for a size of a module that an adapter's file does not contain."""
+    """Error that is raised if a module's size is needed and is not in the adapter's file."""
 
 
 class _Unknown:
-    """Size that is not known. It equals every size, and a result of arithmetic is unknown, too."""
+    """Placeholder for an unknown size. It equals every size; results of arithmetic are unknown."""
 
     def __init__(self, what: str):
         self.what = what
@@ -101,7 +102,7 @@ class _Unknown:
 
 
 def unknown_spec(name: str, size: tuple[int, int] | None = None) -> LinearSpec:
-    """Return a module of which only the name, or the name and the sizes, are known."""
+    """Return the description of a module from its name and, if they are known, its sizes."""
     unknown: Any = (_Unknown("in_features"), _Unknown("out_features"))
     order: Any = _Unknown("order")
     cpu = torch.device("cpu")
@@ -111,19 +112,19 @@ def unknown_spec(name: str, size: tuple[int, int] | None = None) -> LinearSpec:
 
 @dataclass(frozen=True)
 class ModelIndex:
-    """Index of the modules of a model, as needed to read an adapter. It has no strong reference to
-    the model."""
+    """Index of a model's modules, for reading adapters. The index has no strong reference to the
+    model."""
 
     weights: BaseWeights
     output_head: str | None = None  # name of the output head, which PEFT's "all-linear" excludes
-    #: Name; "all-linear" excludes it for SEQ_CLS without an output head.
+    #: Name of the classifier. For SEQ_CLS, "all-linear" excludes it if there is no output head.
     classifier: str | None = None
     linear: dict[str, LinearSpec] = field(default_factory=dict)
     embedding: dict[str, LinearSpec] = field(default_factory=dict)
     unsupported: dict[str, str] = field(default_factory=dict)  # name -> class name
     shared: bool = True  # whether many adapters share the model and must not change its weights
     experts: dict[str, LinearSpec] = field(default_factory=dict)  # by parameter name
-    #: Names of all expert matrices by experts module, in the module's order, adapted or not.
+    #: For each experts module, the names of all its weight matrices, even if they are not adapted.
     parameters: dict[str, tuple[str, ...]] = field(default_factory=dict)
     #: Class names of the modules that are not base layers, by name.
     others: dict[str, str] = field(default_factory=dict)
@@ -143,7 +144,7 @@ class ModelIndex:
 
     @cached_property
     def specs(self) -> dict[str, LinearSpec]:
-        """All modules and parameters of experts that can have an adapter."""
+        """Modules that can have an adapter, and parameters of experts that can, by name."""
         return self.modules | self.experts
 
     @classmethod
@@ -175,7 +176,8 @@ class ModelIndex:
                 ``meta`` and no hook loads it.
         """
         known = (None, *PAGE_DTYPES)
-        require(dtype in known, "AdapterPool", "dtype", f"one of {PAGE_DTYPES}", dtype)
+        expected = f"one of {PAGE_DTYPES} or torch.float8_e4m3fn"
+        require(dtype in known, "AdapterPool", "dtype", expected, dtype)
         check_base("AdapterPool", model)
         targets = targets if targets is None or isinstance(targets, str) else tuple(targets)
 
@@ -185,9 +187,9 @@ class ModelIndex:
         of_activations = next(floats, torch.get_default_dtype())
 
         def stored(weight: object, name: str) -> tuple[torch.dtype, torch.device]:
-            """Return the dtype and the device of the pages of a module with this weight."""
+            """Return the dtype and device of the pages for module ``name`` with this weight."""
             place, found = weight, of_activations
-            if not isinstance(place, Tensor):  # a quantised layer names its tensors otherwise
+            if not isinstance(place, Tensor):  # a quantised layer, whose tensors have other names
                 own = modules[name].parameters(), modules[name].buffers(), model.parameters()
                 place = next(itertools.chain(*own), torch.empty(0))
             elif place.dtype in PAGE_DTYPES:
@@ -308,8 +310,10 @@ def _device_of(name: str, weight: Tensor, modules: Mapping[str, nn.Module]) -> t
 
 
 class BaseWeights:
-    """Names and shapes of a model's parameters and floating buffers, with a weak reference to the
-    model. After the model is deleted, its weights can no longer be compared."""
+    """Names and shapes of a model's parameters and floating-point buffers.
+
+    The model is referenced weakly. After it is deleted, its weights can no longer be compared.
+    """
 
     def __init__(self, model: nn.Module):
         self._model = weakref.ref(model)
@@ -336,8 +340,8 @@ class BaseWeights:
         require(info.shape == shape, f"{tensors.where}: {key}", "shape", expected, found)
 
     def check(self, tensors: TensorSource, key: str, name: str) -> None:
-        """Raise unless the tensor ``key`` has the values of the model's weight ``name``, after
-        conversion to its dtype."""
+        """Raise unless the tensor ``key``, converted to the dtype of the model's weight ``name``,
+        equals this weight."""
         where = f"{tensors.where}: {key}"
         own = self._values(where, name)
         dtype = tensors.infos[key].dtype
@@ -349,15 +353,15 @@ class BaseWeights:
             self.check_header(tensors, key, name)
         if not _equal(tensors.read(key), own.detach()):
             raise ValueError(
-                f"{where}: expected the values of the base model's weight, found different ones; "
-                "all adapters share the base model: if all may use this weight, copy it there first"
+                f"{where}: expected the values of the base model's weight, found different values; "
+                "all adapters share this weight: if all may use yours, copy it to the model first"
             )
 
     def _values(self, where: str, name: str) -> Tensor:
         model = self._model()
         if model is None:
             expected = "expected the pool's base model to compare this weight with"
-            raise ValueError(f"{where}: {expected}, found a deleted model: keep a reference to it")
+            raise ValueError(f"{where}: {expected}, found a deleted model; keep a reference to it")
         for full, tensor in _tensors(model):
             if base_name(full) == name:
                 if not tensor.is_meta:
@@ -370,8 +374,10 @@ class BaseWeights:
 
 
 def _tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Yield names and tensors of parameters and floating buffers; a shared tensor is yielded under
-    each of its names."""
+    """Yield names and tensors of parameters and floating-point buffers.
+
+    A shared tensor is yielded under each of its names.
+    """
     buffers = model.named_buffers(remove_duplicate=False)
     return itertools.chain(
         model.named_parameters(remove_duplicate=False),
@@ -380,7 +386,7 @@ def _tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 
 def offloaded_values(model: nn.Module, name: str) -> Tensor | None:
-    """Return the values of a weight; None unless accelerate has offloaded the weight."""
+    """Return the values of a weight that accelerate has offloaded; None for other weights."""
     owner, _, parameter = name.rpartition(".")
     hook = getattr(model.get_submodule(owner), "_hf_hook", None)
     for each in getattr(hook, "hooks", (hook,)):

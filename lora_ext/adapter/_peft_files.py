@@ -50,10 +50,10 @@ _MAX_JSON_BYTES = 4 << 20
 
 @dataclass(frozen=True)
 class CheckedAdapter:
-    """An adapter with names, shapes and dtypes that fit the base model; no factors are read yet."""
+    """Adapter whose names, shapes and dtypes fit the base model; no factor has been read yet."""
 
     config: AdapterConfig
-    leftover: tuple[str, ...]  # entries that are skipped because of strict=False
+    leftover: tuple[str, ...]  # unused keys, fields and patterns; empty if strict
     tensors: TensorSource  # the open file or state dict
     index: ModelIndex  # modules of the base model
     specs: dict[str, LinearSpec]  # adapted modules
@@ -62,10 +62,10 @@ class CheckedAdapter:
     fields: dict[str, Mapping[str, Any]]  # adapted module -> its configuration
     whole: dict[str, dict[str, str]]  # replaced module -> "weight" or "bias" -> key
     rows: dict[str, str]  # module with some replaced rows -> key
-    tokens: tuple[int, ...]  # indices of these rows
+    tokens: tuple[int, ...]  # indices of the replaced rows
 
     def modules(self) -> Iterator[tuple[LinearSpec, Factors]]:
-        """Read the factors of the adapted modules, one module at a time to save memory.
+        """Yield each adapted module with its factors, reading one module at a time.
 
         Raises:
             NotImplementedError: If a module that is never called has a nonzero B.
@@ -82,7 +82,7 @@ class CheckedAdapter:
             yield spec, factors
 
     def factors(self, read: Callable[[str], Tensor]) -> Iterator[tuple[LinearSpec, Factors]]:
-        """Yield the factors of each adapted module, computed from what ``read`` returns by key."""
+        """Yield each adapted module with its factors. ``read`` returns the tensor of a key."""
         shared = {stem: read(key) for stem, key in self.shared.items()}
         for module, keys in self.keys.items():
             spec, where = self.specs[module], f"{self.tensors.where}: {module}"
@@ -94,9 +94,9 @@ class CheckedAdapter:
                 raise ValueError(f"{where}: {missing}: expected a tensor, found none") from None
             except NotImplementedError:
                 raise
-            except (IndexError, TypeError, RuntimeError) as error:  # of torch
+            except (IndexError, TypeError, RuntimeError) as error:  # raised by torch
                 expected = f"expected fields and tensors of one {self.config.kind.title} adapter"
-                raise ValueError(f"{where}: {expected}, found {error}") from error
+                raise ValueError(f"{where}: {expected}; torch raised {error!r}") from error
             if self.config.peft_type != "LORA":
                 a, b = tuple(factors.a.shape), tuple(factors.b.shape)
                 fits = len(a) == len(b) == 2 and a[0] == b[1]
@@ -106,7 +106,7 @@ class CheckedAdapter:
             yield spec, factors
 
     def replaced(self) -> Iterator[tuple[LinearSpec, Replaced]]:
-        """Read the tensors that replace those of the base model, one module at a time."""
+        """Yield each replaced module with its tensors, reading one module at a time."""
         for module, keys in self.whole.items():
             whole = {role: self.tensors.read(key) for role, key in keys.items()}
             yield self.index.modules[module], Replaced(**whole)
@@ -115,9 +115,9 @@ class CheckedAdapter:
             yield self.index.modules[module], rows
 
     def where_is(self, module: str, part: str) -> str:
-        """Return the file and the key of a field of :class:`Factors`, for error messages.
+        """Return a text for error messages: the file, and the key of a module's factor ``part``.
 
-        The factors of kinds other than LoRA have no key.
+        For kinds other than LoRA, whose factors have no key, module and part replace the key.
         """
         stem = self.config.kind.stems(self.index.specs[module].embedding).get(part, "")
         return f"{self.tensors.where}: {self.keys[module].get(stem, f'{module}: {part}')}"
@@ -231,11 +231,13 @@ def check_adapter(
 def _check_targets(
     config: AdapterConfig, where: str, index: ModelIndex, grouped: dict[str, dict[str, str]]
 ) -> None:
-    """Check that the modules with factors are those that the config targets, if it specifies any;
-    that the config fits the vocabulary; and that an activated adapter has no factors for an
-    embedding."""
+    """Raise unless the factors belong to the modules that the config targets, if it names any.
+
+    Also raise if an invocation token is not in the vocabulary, or if an activated LoRA has factors
+    for an embedding.
+    """
     targets = config.targets(index)
-    if targets is not None:  # Checked even if not strict, as other factors make another adapter.
+    if targets is not None:  # Checked even if not strict: missing factors change the adapter.
         stray = [key for m in sorted(grouped.keys() - targets) for key in grouped[m].values()]
         expected = f"factors only of modules that {config.where} targets"
         require(not stray, where, "keys", expected, _some(stray))
@@ -254,17 +256,17 @@ def _check_targets(
 
 
 def _stems(config: AdapterConfig) -> list[str]:
-    """Return the stems of a module's tensors that no other module shares."""
+    """Return the stems (names without the module) of tensors that modules do not share."""
     fields, _ = config.of_modules([""])
     parts = config.kind.parts(fields[""], unknown_spec(""))
     return [stem for stem in parts if stem not in config.kind.shared]
 
 
 def stem_parser(config: AdapterConfig) -> Callable[[str], tuple[str, str] | None]:
-    """Return a function that splits the name of a tensor of the adapter into module and stem.
+    """Return a function that splits a tensor's name into module and stem (``lora_A.weight``).
 
-    The function returns None for other names, and an empty module for a tensor that all modules
-    share.
+    The function returns None for a tensor that is not part of the adapter, and an empty module for
+    a tensor that all modules share.
     """
     if config.peft_type == "LORA":
         return lambda name: (key.module, key.stem) if (key := parse_key(name)) else None
@@ -318,7 +320,7 @@ def _group_keys(
             kind = index.unsupported.get(module)
             if kind is None and own and in_routed_experts(module):
                 kind = f"module of {ROUTED}"
-            # Raise even if not strict: without these factors, it would be a different adapter.
+            # Raise even if not strict, since an adapter without these factors is a different one.
             expected, found = "no adapters on unsupported modules", f"a {kind}"
             require(kind is None, where, key, expected, found, NotImplementedError)
             found = f"{module}, a {index.others.get(module)} without them"
@@ -405,7 +407,7 @@ def write_adapter(
     tensors: Mapping[str, Tensor],
     beside: Mapping[str, bytes] | None = None,
 ) -> None:
-    """Write an adapter like :func:`save_adapter`, with tensors already named as in the file.
+    """Write an adapter as :func:`save_adapter` does, from tensors that are named as in the file.
 
     Args:
         directory: See :func:`save_adapter`.
@@ -418,7 +420,7 @@ def write_adapter(
     raw = dict(config.to_dict() if hasattr(config, "to_dict") else config)
     raw.setdefault("peft_type", "LORA")
     raw = AdapterConfig.parse(raw, CONFIG).raw  # raises for a config that could not be read back
-    # Copies, since safetensors rejects tensors that share memory, such as tied weights.
+    # Tensors are copied, since safetensors rejects tensors that share memory (tied weights).
     whole = {
         name: t.detach().cpu().clone(memory_format=torch.contiguous_format)
         for name, t in tensors.items()

@@ -21,7 +21,7 @@ from lora_ext._files import SafetensorsFile, TensorInfo, open_regular
 
 PREFIX = "base_model.model."
 
-# Names in the state dict of a PEFT model contain the adapter's name (`lora_A.default.weight`),
+# Names in the state dict of a PEFT model contain the adapter's name (`lora_A.default.weight`), but
 # names in files do not. The magnitude vector is a bare parameter in files and in older versions of
 # PEFT, and a module with a `weight` in newer ones. The factors of an embedding are always bare
 # parameters.
@@ -49,7 +49,7 @@ class Key(NamedTuple):
 
     @property
     def stem(self) -> str:
-        """Name of the tensor in its module, see :class:`lora_ext.kinds.Kind`."""
+        """Name of the tensor without its module, see :class:`lora_ext.kinds.Kind`."""
         return f"lora_{self.role}"
 
     @property
@@ -125,7 +125,7 @@ class TensorSource(Protocol):
     def read(self, key: str) -> Tensor:
         """Return the tensor with the name ``key``.
 
-        It is on the CPU if it comes from a file, and on its own device if from a state dict.
+        A tensor from a file is on the CPU. A tensor from a state dict stays on its device.
         """
         ...
 
@@ -135,7 +135,7 @@ class TensorSource(Protocol):
 
 
 def adapter_directory(source: str | os.PathLike[str]) -> Path:
-    """Convert ``source`` to a path; raise unless it is a directory with an adapter."""
+    """Return ``source`` as a path; raise unless it is a directory with an adapter."""
     expected = "expected a directory with adapter_config.json"
     if not isinstance(source, str | os.PathLike):
         found = type(source).__name__
@@ -167,7 +167,7 @@ def directory_names(path: Path, expected: str) -> set[str]:
     except (OSError, ValueError) as error:  # ValueError: a null byte in the path
         found = getattr(error, "strerror", None) or error
         if _HUB_NAME.fullmatch(str(path)):
-            remedy = f"huggingface_hub.snapshot_download({str(path)!r}) returns a directory"
+            remedy = f"pass the result of huggingface_hub.snapshot_download({str(path)!r})"
             found = f"{found}; nothing is downloaded here: {remedy}"
         raise ValueError(f"{path}: cannot be opened: {expected}, found {found}") from None
 
@@ -221,8 +221,8 @@ def _refusal(error: str) -> str:
 
 
 def _read_bin(path: Path) -> StateDict:
-    """Read a file of ``torch.save`` with ``weights_only=True``. The entries of the zip archive must
-    be uncompressed and must not claim more bytes than the file has."""
+    """Read a file that ``torch.save`` wrote, with ``weights_only=True``. The entries of the zip
+    archive must be uncompressed and must not claim more bytes than the file has."""
     where = str(path)
     with open_regular(path) as file:
         size = os.fstat(file.fileno()).st_size
@@ -244,7 +244,7 @@ def _read_bin(path: Path) -> StateDict:
     if not isinstance(tensors, Mapping):
         raise ValueError(f"{where}: expected a dict of tensors, found {type(tensors).__name__}")
     source = StateDict(tensors, where)
-    # Storages are summed and not tensors, since views may share a storage, and a small view may
+    # Sum the bytes of storages and not of tensors: views may share a storage, and a small view may
     # have a storage of any claimed size.
     storages = {
         t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors.values()

@@ -26,8 +26,8 @@ GRAM_TAU = 1e-3
 _BY_GRAM = ("threshold", "stable", "participation")
 _BY_TAU = ("threshold", "absolute")
 
-# Function of each kind. Its arguments are singular values in descending order (the first is above
-# 0), tau and k.
+# Functions that compute the kinds of effective rank. The arguments are the singular values in
+# descending order (the first is above 0), tau and k.
 _RANKS: dict[str, Callable[[Tensor, float, int], Tensor]] = {
     "threshold": lambda s, tau, k: (s / s[0] > tau).sum(),
     "absolute": lambda s, tau, k: (s > tau).sum(),
@@ -43,7 +43,7 @@ KINDS = tuple(_RANKS)
 def lora_singular_values(a: Tensor, b: Tensor, scaling: float = 1.0) -> Tensor:
     """Return the singular values of ``scaling * b @ a`` in descending order.
 
-    They are computed from ``R_b R_a^T``, which has the same singular values, with the QR
+    The values are computed from ``R_b R_a^T``, which has the same singular values, with the QR
     decompositions ``b = Q_b R_b`` and ``a^T = Q_a R_a``.
 
     Args:
@@ -56,7 +56,7 @@ def lora_singular_values(a: Tensor, b: Tensor, scaling: float = 1.0) -> Tensor:
 
     Raises:
         ValueError: If shapes do not fit or are empty, or values are NaN or infinite.
-        TypeError: If a factor is not a floating tensor.
+        TypeError: If a factor is not a floating-point tensor.
     """
     where = "lora_singular_values"
     return _spectrum(*_factors(where, a, b), abs(number(where, "scaling", scaling)))
@@ -73,7 +73,7 @@ def effective_rank(
 ) -> float | int:
     """Return the effective rank of ``scaling * b @ a``, or of one dense matrix.
 
-    It measures how many directions the matrix uses. With the singular values ``s_1 >= s_2 >= ...``:
+    The rank measures how many directions the matrix uses. For singular values ``s_1 >= s_2 >= ..``:
 
     ================ ================================================================
     kind             returned value
@@ -98,7 +98,7 @@ def effective_rank(
         k: number of singular values for "top_k_share".
         scaling: scale of the update.
         method: "qr" or "gram". "gram" computes the singular values from ``a a^T`` and ``b^T b``,
-            which loses half of the digits. It supports "threshold" with tau of at least 1e-3,
+            which loses half of the digits. "gram" supports "threshold" with tau of at least 1e-3,
             "stable", and "participation" (without any decomposition).
 
     Returns:
@@ -107,7 +107,7 @@ def effective_rank(
     Raises:
         ValueError: If an argument is out of range or ``method`` does not support it, if shapes do
             not fit or are empty, or if values are NaN or infinite.
-        TypeError: If a factor is not a floating tensor.
+        TypeError: If a factor is not a floating-point tensor.
 
     Sources: "entropy": Roy and Vetterli, "The effective rank: a measure of effective
     dimensionality" (EUSIPCO 2007); "threshold", "absolute" and "top_k_share": the code of "Planning
@@ -213,10 +213,10 @@ def rank_report(
     """Compute the norm and the effective ranks of the update of every module of an adapter.
 
     Args:
-        source: a :class:`LoraAdapter`; a model of PEFT or of this package; a folder of PEFT, or
-            (config, state dict); or only a state dict, with a scaling of 1. Names in a state dict
-            are PEFT's, with or without an adapter's name and ``base_model.model.``, or those of the
-            paper's code (``<module>.lora_layer.lora_A``). Other tensors are skipped.
+        source: a :class:`LoraAdapter`; a model with adapters of PEFT or of this package; a folder
+            in PEFT's format; (config, state dict); or a state dict alone, for which scaling is 1.
+            Names in a state dict are PEFT's (adapter name and ``base_model.model.`` are optional)
+            or the paper's code's (``<module>.lora_layer.lora_A``). Other tensors are skipped.
         adapter_name: name of the adapter in a model, or in a state dict with adapter names.
         kinds: kinds of effective rank, see :func:`effective_rank`.
         taus: thresholds for "threshold" and "absolute". Each of these two kinds has one entry per
@@ -226,8 +226,8 @@ def rank_report(
             ``(n, r)`` and B ``(r, m)``, as in the paper's code.
 
     Returns:
-        a report with one row per module, in the order of the source. The effects of scales of
-        outputs and of biases are not included. Each module is decomposed only once.
+        a report with one row per module, in the order of the source. Biases, and scales of outputs
+        such as DoRA's, are ignored.
 
     Raises:
         KeyError: If a module lacks one of its two factors. The message contains its name.
@@ -271,7 +271,7 @@ def _spectrum(a: Tensor, b: Tensor, scale: float) -> Tensor:
 
 
 def _gram_spectrum(gram_a: Tensor, gram_b: Tensor) -> Tensor:
-    """Return the singular values of ``b a`` in descending order. Their squares are the eigenvalues
+    """Return the singular values of ``b a`` in descending order, as square roots of the eigenvalues
     of ``G_b^(1/2) G_a G_b^(1/2)``."""
     values, vectors = torch.linalg.eigh(gram_b)
     root = (vectors * values.clamp(min=0).sqrt()) @ vectors.T

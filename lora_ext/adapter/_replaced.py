@@ -62,7 +62,7 @@ def find_replaced(
         reader = index.bypassed.get(module)
         refusal = None
         if spec is None or not spec.plain or role not in ("weight", "bias"):
-            refusal = "here: expected plain Linear and Embedding modules in the pool's targets="
+            refusal = f"on {module}: expected a plain Linear or Embedding in the pool's targets"
         elif reader is not None:
             refusal = f"on {module}, whose weight {reader} reads without calling it"
         elif module in adapted:
@@ -87,8 +87,8 @@ def find_rows(
     """Return the keys of the replaced rows (PEFT's ``trainable_token_indices``) by module, and the
     row indices.
 
-    The modules are the input embedding and a tied head, with the same key. The header of the tensor
-    is checked, and no tensor is read.
+    The modules are the input embedding and, if there is one, the tied head; both have the same key.
+    The header of the tensor is checked, and no tensor is read.
 
     Raises:
         ValueError: If a key, shape or token does not fit.

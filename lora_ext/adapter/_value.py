@@ -97,7 +97,7 @@ class LoraAdapter:
 
     @classmethod
     def from_model(cls, model: nn.Module, adapter: str = "default") -> LoraAdapter:
-        """Copy an adapter from a PEFT model, or from a model with layers of :mod:`lora_ext.nn`.
+        """Return a copy of an adapter of a PEFT model, or of a model with lora_ext.nn's layers.
 
         Raises:
             ValueError: If the model has no such adapter, or if its layers differ in a setting that
@@ -115,8 +115,8 @@ class LoraAdapter:
         """Check that every name is a module of the adapter.
 
         Raises:
-            ValueError: If a name is unknown. The message has the prefix ``where`` and the first
-                such name.
+            ValueError: If a name is unknown. The message starts with ``where`` and contains the
+                first such name.
         """
         for name in names:
             if name not in self.modules:
@@ -124,7 +124,7 @@ class LoraAdapter:
                 raise ValueError(f"{where}: expected {expected}, found {name!r:.200}")
 
     def refuse_scales(self, where: str) -> None:
-        """Raise NotImplementedError for a kind other than LoRA that scales outputs or inputs."""
+        """Raise NotImplementedError if an adapter other than LoRA scales outputs or inputs."""
         kind = self.config.kind
         found = f"{kind.rescales}; merge this adapter into the base weight first"
         fits = kind.sums or not self.parts
@@ -146,9 +146,8 @@ class LoraAdapter:
                 except those of removed modules.
             changes: new values of fields of the configuration.
 
-        If a module is removed and its base layer has a trained bias, the bias is removed with
-        ``bias="lora_only"``. It is kept with ``bias="all"``, which includes layers without an
-        adapter.
+        If a module is removed and its base layer has a trained bias, this bias is removed with
+        ``bias="lora_only"`` and kept with ``bias="all"``, which includes layers without an adapter.
         """
         gone = tuple(f"{name}.base_layer." for name in self.modules if name not in modules)
         if base_weights is None:
@@ -190,7 +189,7 @@ class LoraAdapter:
         if config.target_modules is None:  # PEFT would choose by the model's type
             config = dataclasses.replace(config, target_modules=tuple(sorted(self.modules)))
         state = self.state_dict()
-        # strict=False: unused tensors were skipped or rejected when the adapter was loaded.
+        # strict=False, since unused tensors were skipped or rejected when the adapter was loaded.
         meant = self._read(config, StateDict(state, "state dict"), strict=False, copy=False)
         for name, factors in () if self.parts else self.modules.items():
             configured, found = meant.modules[name].scaling, factors.scaling
@@ -208,8 +207,8 @@ class LoraAdapter:
         return {**tensors, **self.base_weights, **self.replacements}
 
     def with_sizes(self, sizes: Mapping[str, tuple[int, int]]) -> LoraAdapter:
-        """Return this adapter with the factors that its file alone does not determine. ``sizes``
-        maps a module's name to its numbers of inputs and outputs."""
+        """Return this adapter with all factors, including those that its file does not determine.
+        ``sizes`` maps a module's name to its numbers of inputs and outputs."""
         if self.complete:
             return self
         return self._read(self.config, StateDict(self.state_dict(), ""), False, False, sizes)
@@ -299,7 +298,7 @@ def _same_tensors(left: Mapping[str, Tensor], right: Mapping[str, Tensor]) -> bo
 
 
 class _NoFactors(UserDict[str, Any]):
-    """Modules of an adapter without all sizes in its file; reading one raises an error."""
+    """Modules of an adapter whose file lacks their sizes; reading a module raises UnknownSize."""
 
     def __init__(self, names: Iterable[str], why: str):
         super().__init__(dict.fromkeys(names))
@@ -341,7 +340,7 @@ def _replaces(config: AdapterConfig, name: str) -> bool:
 def _implied_index(
     config: AdapterConfig, tensors: TensorSource, sizes: Mapping[str, tuple[int, int]]
 ) -> ModelIndex:
-    """Return an index of the modules that have parts in ``tensors``.
+    """Return an index of the modules that have factors in ``tensors``.
 
     The shape of LoRA's A defines the number of inputs, and the shape of B the number of outputs.
     """

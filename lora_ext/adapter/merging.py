@@ -133,7 +133,7 @@ def interpolate_adapters(
             must have equal modules and ranks.
         lam: position on the line, any finite number. 0 returns ``first`` unchanged, and 1 returns
             ``second``.
-        space: what is interpolated, "factors" or "delta".
+        space: "factors" to interpolate A and B, "delta" to interpolate the update.
 
     Raises:
         ValueError: If an argument is invalid, or the adapters cannot be merged.
@@ -235,7 +235,7 @@ def _merged(
 
 
 def _sized(where: str, adapters: Mapping[str, LoraAdapter]) -> dict[str, LoraAdapter]:
-    """Return the adapters; sizes that the file of one lacks are taken from the others."""
+    """Return adapters with all factors; module sizes that one lacks are taken from the others."""
     sizes: dict[str, tuple[int, int]] = {}
     for label, value in adapters.items():
         value.refuse_scales(f"{where}: {label}")
@@ -273,7 +273,7 @@ def _check_bases(where: str, adapters: Mapping[str, LoraAdapter]) -> None:
     (first, value), *_ = adapters.items()
     expected = f"{list(value.config.invocation)!r:.200}, as {first} has"
     for label, adapter in adapters.items():
-        # ``stacklevel=4`` is the caller of the public function, which torch.no_grad wraps.
+        # ``stacklevel=4`` points at the caller of the public function, which torch.no_grad wraps.
         bases.meet(f"{where}: {label}", adapter.config.base_model, stacklevel=4)
         found, field = adapter.config.invocation, f"{label}: alora_invocation_tokens"
         require(found == value.config.invocation, where, field, expected, list(found))

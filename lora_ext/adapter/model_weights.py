@@ -47,8 +47,8 @@ class ModelWeights:
     """Reader of weights by module name. Close it, or use it in a ``with`` block.
 
     Weights are matched by name, never by order. ``model.layers.0.mlp.up_proj`` matches the module
-    with exactly this name. If there is none, it matches the module with the same name except for
-    parts that model classes, PEFT, ``torch.compile`` and the wrappers of ``torch.distributed`` add
+    with exactly this name or, without such a module, the one whose name differs only in parts that
+    model classes, PEFT, ``torch.compile`` and the wrappers of ``torch.distributed`` add
     (``base_model.model.``, ``model.``, ``module.``, ``_orig_mod.``, ``.base_layer`` ...).
 
     Args:
@@ -58,7 +58,7 @@ class ModelWeights:
         where: prefix of error messages, which names the caller and its argument.
 
     Raises:
-        TypeError: If ``source`` has another type.
+        TypeError: If ``source`` has the wrong type.
         ValueError: If the folder does not exist or has no safetensors files, or if a file or the
             index is damaged.
     """
@@ -83,7 +83,7 @@ class ModelWeights:
         self._tensors.close()
 
     def keys(self, modules: Iterable[str]) -> dict[str, str]:
-        """Return, by module, the key of its weight, which :meth:`shape` and :meth:`read` accept.
+        """Return the key of each module's weight, for :meth:`shape` and :meth:`read`.
 
         Raises:
             KeyError: If a module has no weight. The message lists up to five such modules.
@@ -146,7 +146,7 @@ class ModelWeights:
         for module in modules:
             key = packed.get(_plain(module))
             found = f"{key} of a quantised model; {_REMEDY}"
-            require(key is None, self.where, module, "a floating weight", found, TypeError)
+            require(key is None, self.where, module, "a floating-point weight", found, TypeError)
 
 
 def _plain(name: str) -> str:

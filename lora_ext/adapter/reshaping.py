@@ -25,7 +25,7 @@ def resize_adapter(
     generator: torch.Generator | None = None,
     progress: Callable[[list[str]], Iterable[str]] = iter,
 ) -> tuple[LoraAdapter, dict[str, float]]:
-    """Change the ranks of an adapter; its updates are kept, or approximated as well as possible.
+    """Return an adapter with new ranks and the same updates, or their best approximations.
 
     A smaller rank keeps the largest singular values of ``B A``, with their square roots in each
     factor. A larger rank appends random rows to ``A`` and zeros to ``B``. If a row of ``A`` and the
@@ -86,7 +86,7 @@ def prune_adapter(
     keep: Iterable[str] | Callable[[str], bool],
     mode: PruneMode = "remove",
 ) -> LoraAdapter:
-    """Remove an adapter's update from all modules except some.
+    """Remove an adapter's update from all modules except those in ``keep``.
 
     Args:
         adapter: adapter, as a value, a folder, or (config, state dict). It is not changed.

@@ -23,12 +23,12 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
 Regions = tuple[Region, ...]
-# One family for all variables, or a list with one family per variable.
+# Leaf family of all variables, or a list with one family per variable.
 Leaves = Leaf | Sequence[Leaf]
 
 
 def _checked_leaves(builder: str, leaf: Leaves, count: int, /, **sizes: int) -> list[Leaf]:
-    """Check the sizes and the number of families; return the family of each variable."""
+    """Check the sizes and the number of leaf families; return one family per variable."""
     for name, size in sizes.items():
         require(size >= 1, builder, name, "at least 1", size, PCStructureError)
     if isinstance(leaf, Leaf):
@@ -40,7 +40,7 @@ def _checked_leaves(builder: str, leaf: Leaves, count: int, /, **sizes: int) -> 
 
 
 def _inputs(units: int, leaves: Sequence[Leaf], scope: int, name: str = "") -> list[Region]:
-    """Return one input region per family of the variables in the scope."""
+    """Return one input region for each leaf family among the variables of a scope."""
     families: dict[Leaf, int] = {}
     for v in variables(scope):
         families[leaves[v]] = families.get(leaves[v], 0) | 1 << v
@@ -52,8 +52,8 @@ def _add_input(
 ) -> int:
     """Append the input regions of a scope to ``regions``; return the index of the last region.
 
-    If the scope has several families, the last region is a region of sums over the product of the
-    inputs.
+    If the variables have several families, the last region is a region of sums over the product of
+    these inputs.
     """
     inputs = _inputs(units, leaves, scope, name)
     regions += inputs
@@ -83,10 +83,10 @@ def _children_first(
 
 @dataclass(frozen=True)
 class Builders:
-    """Regions, children before parents, and the builders of well-known circuits.
+    """Base class of ``RegionGraph`` with its regions and the builders of well-known circuits.
 
-    ``RegionGraph`` adds the checks. In the builders, ``leaf`` is one family for all variables, or a
-    list with one family per variable.
+    Children precede their parents. ``RegionGraph`` adds the checks. In the builders, ``leaf`` is
+    one family for all variables, or a list with one family per variable.
     """
 
     regions: Regions
@@ -94,11 +94,11 @@ class Builders:
 
     @classmethod
     def cp(cls, num_variables: int, rank: int, leaf: Leaves) -> Self:
-        """Build a mixture of ``rank`` fully factorised distributions: one latent for all variables.
+        """Build a mixture of ``rank`` fully factorised distributions.
 
         Args:
             num_variables: Number of variables.
-            rank: Number of states of the latent.
+            rank: Number of components of the mixture.
             leaf: Family of all variables, or a list with one family per variable.
 
         Raises:
@@ -129,11 +129,11 @@ class Builders:
     def hclt(
         cls, parents: Sequence[int], rank: int, leaf: Leaves, homogeneous: bool = False
     ) -> Self:
-        """Build a hidden Chow-Liu tree: a tree of latents, each with one variable as its emission.
+        """Build a hidden Chow-Liu tree: a tree of latent variables, each of which emits a variable.
 
-        The region of sums of variable v has one unit per state s of the parent's latent. Unit s is
-        the distribution of v and of all variables below v given s, and row s of the region's
-        weights is ``p(state of v | s)``.
+        The region of sums of variable v has one unit per state s of the latent of v's parent. Unit
+        s is the distribution of v and of all variables below v given s, and row s of the region's
+        weights is ``p(state of v's latent | s)``.
 
         Args:
             parents: Parent of each variable, -1 for the root.
@@ -162,7 +162,7 @@ class Builders:
         order = [v for v, parent in enumerate(parents) if parent < 0]
         one, found = len(order) == 1, f"{len(order)}: {order[:12]}"
         require(one, "hclt", "parents", "one variable with parent -1", found, PCStructureError)
-        for v in order:  # The loop appends to the list, parents first.
+        for v in order:  # The loop appends the children of each variable.
             order += below[v]
         lost = sorted(set(range(len(parents))) - set(order))
         found = f"a cycle: variables {lost[:12]} are not connected to the root"
@@ -267,9 +267,9 @@ class Builders:
     def poon_domingos(
         cls, height: int, width: int, num_units: int, leaf: Leaves, delta: int = 1
     ) -> Self:
-        """Build one region per rectangle of an image, with all cuts at multiples of ``delta``.
+        """Build one region per rectangle of an image, cut at all multiples of ``delta`` pixels.
 
-        Variable ``y * width + x`` is the pixel at (y, x). A rectangle without a cut is an input.
+        Variable ``y * width + x`` is the pixel at (y, x). Rectangles without a cut are inputs.
 
         Args:
             height: Height of the image in pixels.
@@ -316,7 +316,7 @@ class Builders:
 
     @classmethod
     def join(cls, graphs: Sequence[Builders]) -> Self:
-        """Join graphs over the same variables, e.g. one per class, into one graph with all roots.
+        """Join graphs over the same variables, such as one per class; keep the roots of all.
 
         The graphs share no parameters. Region ``name`` of graph i is renamed to ``i/name``.
         """
@@ -347,15 +347,16 @@ class Builders:
 
         Args:
             inputs: Input regions by name.
-            products: Products as tuples ``(parent, children)`` or ``(parent, children, kind)`` of
-                names. ``parent`` is the region of sums of which the product is a term.
+            products: Products as tuples ``(parent, children)`` or ``(parent, children, kind)``.
+                ``children`` are names of regions. ``parent`` is the name of the region of sums of
+                which the product is a term.
             units: Number of units of each region of sums by name, 1 by default.
             ties: Tie of each region of sums by name. Regions with the same tie share their weights.
             multi_root: Whether several roots are allowed.
 
         Raises:
-            PCStructureError: If there is a cycle or an unknown name, or in a case that the class
-                documents.
+            PCStructureError: If there is a cycle or an unknown name, or if :class:`RegionGraph`
+                raises it.
         """
         for name, given in inputs.items():
             wrong = [v for v in given.variables if not 0 <= v <= MAX_VARIABLE]
@@ -399,9 +400,9 @@ def chow_liu_parents(x: Tensor, num_categories: int) -> list[int]:
     Source: Chow and Liu 1968.
     """
     where = "chow_liu_parents"
-    remedy = f"{type(x).__module__}.{type(x).__name__}; torch.as_tensor(x) makes one"
+    remedy = f"{type(x).__module__}.{type(x).__name__}; convert it with torch.as_tensor(x)"
     require(isinstance(x, Tensor), where, "x", "a tensor", remedy)
-    remedy = f"{x.dtype}; bin real numbers first, or call x.long() if these are whole"
+    remedy = f"{x.dtype}; bin real numbers first, or call x.long() if all numbers are whole"
     require(not x.is_floating_point() and not x.is_complex(), where, "x", "integers", remedy)
     require(x.dim() == 2 and x.numel() > 0, where, "x", "a non-empty shape (B, n)", tuple(x.shape))
     x = x.long()

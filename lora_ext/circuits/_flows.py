@@ -1,5 +1,6 @@
-"""Expected flows and the queries that use them: univariate marginals, entropy, divergence, EM.
+"""Flows, and the queries that use them: univariate marginals, entropy, divergence and EM.
 
+The flow of a unit or a weight is its expected number of uses in a sample, given the data.
 Letters: ``B`` rows of data, ``n`` variables, ``V`` values, ``U`` units, ``d`` variables of a unit.
 """
 
@@ -23,14 +24,13 @@ from .multivariate import MultivariateGaussian
 
 
 class Flows(NamedTuple):
-    """Expected use of each unit and weight, given the data.
+    """Flows of a circuit's units and weights: their expected numbers of uses in a sample.
 
     Attributes:
         log_prob: Log-probability of each row, ``(B,)``.
-        units: Probability that a sample given the row uses the unit, ``(B, U)``.
-            ``Circuit.columns`` returns the columns of a region.
-        weights: Expected use of each weight, summed over the rows, in the order of
-            ``Circuit.weights``.
+        units: Flow of each unit in each row, ``(B, U)``. ``Circuit.columns`` returns the columns of
+            a region.
+        weights: Flow of each weight, summed over the rows, in the order of ``Circuit.weights``.
     """
 
     log_prob: Tensor
@@ -56,10 +56,10 @@ def _flows_of(
 def _seen(
     circuit: Parameters, log_weights: Tensor, units: Tensor, weight_flows: Tensor, missing: Tensor
 ) -> Tensor:
-    """Return weight flows without the flows of rows in which a region's whole scope is missing.
+    """Return ``weight_flows`` without the rows in which a region's variables are all missing.
 
-    In such a row the posterior of a region's weights equals the prior, ``units * W``, which would
-    only slow down learning. An example is the padding of a short sequence in a chain.
+    In such a row (padding of a short sequence in a chain, for example), the posterior of the
+    region's weights is the prior, ``units * W``. Including such rows would only slow down learning.
     """
     graph = circuit.graph
     scopes = torch.zeros(missing.shape[1], len(graph.regions), dtype=units.dtype)
@@ -74,7 +74,7 @@ def _seen(
             used = torch.where(blind[:, i, None], units[:, circuit.columns(i)], 0)
             weight = log_weights[own].view(region.units, -1).exp()
             unseen[own] += (weight * last_sum(used.T)[:, None]).flatten()
-    # Both terms are rounded: a difference below 1e3 eps of `weight_flows` is rounding error.
+    # Both numbers are rounded, so a difference below 1e3 eps of `weight_flows` is rounding error.
     seen, eps = weight_flows - unseen, torch.finfo(weight_flows.dtype).eps
     return torch.where(seen > 1e3 * eps * weight_flows, seen, 0)
 
@@ -99,7 +99,7 @@ class Marginals(NamedTuple):
 def _given(
     found: Marginals, filled: Tensor, missing: Tensor, possible: Tensor, continuous: Tensor
 ) -> Marginals:
-    """Correct the marginals of observed variables, impossible rows and continuous variables.
+    """Return ``found``, corrected for observed variables, impossible rows and continuous variables.
 
     Observed variables get their observed value with probability 1. Moments of impossible rows and
     log-probabilities of continuous variables become NaN.
@@ -125,7 +125,8 @@ def _require_logits(circuit: Parameters, name: str) -> None:
 def _require_deterministic(circuit: Parameters, name: str) -> None:
     """Raise ValueError unless a circuit is normalised, deterministic and without external leaves.
 
-    In other circuits an assignment may have several trees of nonzero units.
+    Otherwise, several trees of units may be nonzero for one assignment, and the formulas of entropy
+    and divergence do not hold.
     """
     _require_logits(circuit, name)
     circuit._refuse_external(name)
@@ -136,7 +137,7 @@ def _require_deterministic(circuit: Parameters, name: str) -> None:
 
 
 def _usage(circuit: Parameters, name: str, root: int | None) -> tuple[Tensor, Flows]:
-    """Return the normalised log-weights and the flows of a row without observations."""
+    """Return the normalised log-weights, and the flows of a row with all variables missing."""
     leaf = circuit._leaf_values(name, circuit._nothing(), None)
     log_weights = circuit._log_weights()
     return log_weights, _flows_of(circuit, name, leaf, log_weights, root)
@@ -148,7 +149,7 @@ def _total(
     """Return the expectation of a sum over the weights and leaves that a sample uses.
 
     Args:
-        used: Flows of a row without observations.
+        used: Flows of a row with all variables missing.
         of_weights: Value of each weight.
         of_family: Function ``of_family(family, *tables)`` that returns the value of each table row;
             ``tables`` are the tables of the family in ``circuits``.
@@ -169,7 +170,7 @@ def _expectation(flow: Tensor, value: Tensor) -> Tensor:
 
 
 class FlowQueries(Parameters):
-    """Parameters of a circuit with the queries that use its flows."""
+    """Base class of ``Circuit`` that adds the queries based on flows."""
 
     @torch.no_grad()
     def univariate_marginals(self, evidence: Tensor, root: int | Tensor | None = None) -> Marginals:
@@ -181,7 +182,7 @@ class FlowQueries(Parameters):
 
         Args:
             evidence: Data ``(B, n)``; -1 or NaN if a variable is missing.
-            root: Index of a root unit, or one per row, see the class.
+            root: Index of a root unit, or ``(B,)`` with one index per row.
 
         Returns:
             Log-probabilities of all values ``(B, n, V)``, means and variances ``(B, n)``. For
@@ -245,20 +246,20 @@ class FlowQueries(Parameters):
 
     @torch.no_grad()
     def entropy(self, root: int | None = None) -> Tensor:
-        """Compute the entropy in nats, a single number.
+        """Compute the entropy of the circuit in nats, a scalar tensor.
 
         For continuous variables this is the differential entropy.
 
         In a deterministic circuit only one tree of units is nonzero for an assignment. ``log p`` is
-        then a sum over the weights and leaves of this tree, and its expectation is a sum over all
-        weights and leaves, multiplied by their flows.
+        then a sum over the weights and leaves of this tree. Its expectation is a sum over all
+        weights and leaves, each term multiplied by its flow.
 
         Args:
             root: Index of a root unit; required if there are several.
 
         Raises:
-            ValueError: If the circuit is not known to be deterministic (:meth:`check`), because
-                no formula whose size is linear in the circuit is known for other circuits; or if
+            ValueError: If the circuit is not known to be deterministic (:meth:`check`), because no
+                formula that is linear in the size of the circuit is known for other circuits; or if
                 the circuit is unnormalised or has external leaves.
 
         Source: Vergari et al. 2021, "A compositional atlas of tractable circuit operations".
@@ -271,10 +272,10 @@ class FlowQueries(Parameters):
     def kl_divergence(self, other: Parameters, root: int | None = None) -> Tensor:
         """Compute the divergence ``sum p log (p / q)`` of this circuit p from ``other``, q.
 
-        The result is a single number in nats, possibly infinite.
+        The result is a scalar tensor in nats, possibly infinite.
 
-        Both circuits have the same graph and are deterministic, so an assignment has the same tree
-        of nonzero units in both. The sum over flows of :meth:`entropy` therefore applies to
+        Both circuits must have the same graph and be deterministic. An assignment then has the same
+        tree of nonzero units in both. The sum over flows of :meth:`entropy` therefore applies to
         ``log p / q``.
 
         Args:
@@ -300,16 +301,16 @@ class FlowQueries(Parameters):
     def flows(
         self, x: Tensor, external: Tensor | None = None, root: int | Tensor | None = None
     ) -> Flows:
-        """Compute expected flows: the posterior probability that a unit or a weight is used.
+        """Compute flows: how often a sample is expected to use each unit and weight, given ``x``.
 
-        Flows are the derivatives of ``log p(x)`` with respect to the log-values of units and the
-        normalised log-weights. They sum to 1 over the leaf units of a variable, and are 0 in
-        impossible rows.
+        The flows are the derivatives of ``log p(x)`` with respect to the log-values of units and
+        the normalised log-weights. Their sum over the leaf units of a variable is 1. In impossible
+        rows, all flows are 0.
 
         Args:
             x: See :meth:`log_prob`.
             external: See :meth:`log_prob`.
-            root: Index of a root unit, or one per row, see the class.
+            root: Index of a root unit, or ``(B,)`` with one index per row.
 
         Raises:
             ValueError: If there are several root units and ``root`` is missing, or if
@@ -382,7 +383,7 @@ class FlowQueries(Parameters):
             if isinstance(family, Indicator | External):
                 continue
             flow = units[:, FIRST_LEAF:][:, span]
-            if isinstance(family, MultivariateGaussian):  # It handles rows with missing variables.
+            if isinstance(family, MultivariateGaussian):  # its update accepts missing variables
                 observed = self._joint_data(span, filled, missing)
             else:
                 var = self._var[span]

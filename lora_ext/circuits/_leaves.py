@@ -1,4 +1,4 @@
-"""Input distributions of circuits, and the sums that update them.
+"""Input distributions of circuits, and sums in a fixed order for updating their parameters.
 
 A family is a frozen dataclass that defines parameters and computations with them. A circuit stores
 the parameters of all leaf units of one family in one table, with one row per distribution. Several
@@ -126,7 +126,7 @@ def normal_quantile(u: Tensor) -> Tensor:
 
 
 def _per_row(row: Tensor, values: Tensor, rows: int) -> Tensor:
-    """Return the sum of ``values (B, N)`` over the data and leaf units of each row, ``(R,)``."""
+    """Sum ``values (B, N)`` over the data, and over the leaf units of each table row, ``(R,)``."""
     return sums_at(row.expand_as(values), values, rows)
 
 
@@ -175,9 +175,10 @@ class Finite(Leaf):
 
 
 def _draw(p: Tensor, row: Tensor, uniform: Tensor) -> Tensor:
-    """Return ``reference._circuit.draw(p[row], uniform)``.
+    """Draw one index per entry of ``row`` from the weights ``p[row]``.
 
-    The cumulative sums of a row are computed once for all of its draws.
+    The result is that of ``reference._circuit.draw(p[row], uniform)``. The cumulative sums of a row
+    are computed once for all of its draws.
     """
     num_values = p.shape[1]
     sums = p.double().cumsum(1)
@@ -188,7 +189,7 @@ def _draw(p: Tensor, row: Tensor, uniform: Tensor) -> Tensor:
         inside = sums[row, more.clamp(max=num_values) - 1] <= limit
         below = torch.where(inside & (more <= num_values), more, below)
     place = torch.arange(num_values, device=p.device)
-    # If rounding leads past the last value, the last possible value is drawn.
+    # If rounding leads past the last value, the last value with a positive weight is drawn.
     last = torch.where(p > 0, place, 0).amax(1)
     return torch.where(below < num_values, below, last[row])
 
@@ -269,7 +270,7 @@ class _Trials(Finite):
         seen = hits + misses > 0
         hits, misses = (t + pseudocount * self.total / 2 for t in (hits, misses))
         old, count = logit.double(), hits + misses
-        # The logit is log p - log q with q = 1 - p. Computing q separately keeps it precise if p is
+        # The logit is log p - log q with q = 1 - p. A separate computation keeps q precise if p is
         # near 1.
         p = _mix(old.sigmoid(), hits / count, step)
         q = _mix((-old).sigmoid(), misses / count, step)
@@ -365,8 +366,8 @@ class Gaussian(Leaf):
         seen, safe = count > 0, torch.where(count > 0, count, 1)
         new_mean = mean + _per_row(row, flow * (x - mean[row]), len(mean)) / safe
         new_variance = _per_row(row, flow * (x - new_mean[row]).square(), len(mean)) / safe
-        # The result has the variance of a mixture of old and new Gaussian, so that a step does not
-        # decrease the likelihood. Mixing only the variances could decrease it.
+        # The result has the variance of a mixture of the old and the new Gaussian, so that a step
+        # does not decrease the likelihood. Mixing only the variances could decrease it.
         between = step * (1 - step) * (mean - new_mean).square()
         variance = _mix((2 * log_std).exp(), new_variance, step) + between
         new_log_std = 0.5 * variance.clamp(min=self.min_std**2).log()
@@ -402,10 +403,10 @@ class External(Leaf):
     """
 
 
-# --- sums -----------------------------------------------------------------------------------------
-# Sums in one fixed order, on every device and for any number of threads. If indices repeat,
-# `index_put_` on the CPU and `index_add_` on CUDA add with atomics, in an order that may vary.
-# `index_add_` on the CPU and `index_put_` on CUDA add in a fixed order.
+# --- sums in a fixed order ------------------------------------------------------------------------
+# The order does not depend on the number of threads. If indices repeat, `index_put_` on the CPU and
+# `index_add_` on CUDA add with atomics, in an order that may vary. `index_add_` on the CPU and
+# `index_put_` on CUDA add in a fixed order.
 
 
 def add_at(target: Tensor, index: Tensor, values: Tensor) -> None:
@@ -423,7 +424,7 @@ def add_at(target: Tensor, index: Tensor, values: Tensor) -> None:
 def sums_at(index: Tensor, values: Tensor, size: int) -> Tensor:
     """Return the sums of ``values`` by index, ``(size,)``.
 
-    They are float64, because long sums of small counts would lose digits in float32.
+    The result is float64, because long sums of small counts would lose digits in float32.
     """
     sums = torch.zeros(size, dtype=torch.float64, device=values.device)
     add_at(sums, index.flatten(), values.double().flatten())
@@ -434,7 +435,7 @@ def in_rows(t: Tensor) -> Tensor:
     """Return ``t`` with a new first axis, of size 2 if ``t`` is a single row and 1 otherwise.
 
     torch divides the sum of a single long row among its threads, so the bits of the sum would
-    depend on the number of threads. It does not divide the sums of two rows.
+    depend on the number of threads. The sums of two rows are not divided.
     """
     return t.expand(2, *t.shape) if t.numel() == t.shape[-1] else t[None]
 

@@ -38,12 +38,12 @@ from .multivariate import MultivariateGaussian
 from .region_graph import RegionGraph
 
 _METADATA = "lora_ext.circuit"
-_MAX_UNITS = 1 << 24  # limit of leaf, sum and product units, because a small file can describe many
+_MAX_UNITS = 1 << 24  # limit of leaf, sum and product units, since a small file can describe many
 
 
 def require_tensor(where: str, name: str, x: object) -> None:
     """Raise ValueError unless ``x`` is a tensor, because other data have no device."""
-    remedy = f"{type(x).__module__}.{type(x).__name__}; torch.as_tensor(...) makes a tensor of it"
+    remedy = f"{type(x).__module__}.{type(x).__name__}; convert it with torch.as_tensor"
     require(isinstance(x, Tensor), where, name, "a tensor", remedy)
 
 
@@ -53,7 +53,7 @@ def signed(x: Tensor) -> Tensor:
 
 
 class Parameters(nn.Module):
-    """Weights of the sums and tables of the leaves; ``Circuit`` adds the queries."""
+    """Base class of ``Circuit`` with the weights of the sums and the tables of the leaves."""
 
     def __init__(self, graph: RegionGraph, norm: str = "logits", precision: str = "fp32"):
         super().__init__()
@@ -103,7 +103,7 @@ class Parameters(nn.Module):
         ]
         return f"{type(self).__name__}(\n  " + "\n  ".join(lines) + "\n)"
 
-    # --- layout -----------------------------------------------------------------------------------
+    # --- layout of the parameters -----------------------------------------------------------------
     @property
     def num_variables(self) -> int:
         """Number of variables, which is the number of columns of the data."""
@@ -131,8 +131,8 @@ class Parameters(nn.Module):
         """Return the parameters of an input region by name.
 
         Returns:
-            Views with one row per variable and unit, all units of the first variable first. If the
-            family is over several variables, they have one row per unit.
+            Views with one row per variable and unit, sorted by variable. If the distributions of
+            the family are over several variables, there is one row per unit.
         """
         node, label = self.graph.regions[region], self.graph.label(region)
         found = f"{label}, a region of sums"
@@ -161,9 +161,9 @@ class Parameters(nn.Module):
         return self.get_buffer(f"_scopes{int(self.layered.inputs.dist[span.start])}")
 
     def _joint_data(self, span: slice, filled: Tensor, missing: Tensor) -> Tensor:
-        """Return the data of each block of a family over several variables, ``(B, M, d)``.
+        """Gather the data of the d variables of each of the M blocks in ``span``, ``(B, M, d)``.
 
-        Missing entries are NaN.
+        ``filled (B, n)`` are the data. Entries where ``missing`` is True become NaN.
         """
         scopes = self._scopes(span)
         seen = filled[:, scopes].to(self.weights.dtype)
@@ -195,8 +195,8 @@ class Parameters(nn.Module):
     def _root_numbers(self, name: str, root: int | Tensor | None, rows: int) -> Tensor:
         """Return the index of the root unit of each row, ``(rows,)``."""
         number = len(self._execution.roots)
-        expected = f"one of 0 .. {number - 1}, or one per row, in a circuit of {number} root units"
-        require(root is not None or number == 1, name, "root", expected, "none")
+        expected = f"an index in 0 .. {number - 1}, or one index per row, for {number} root units"
+        require(root is not None or number == 1, name, "root", expected, None)
         if isinstance(root, Tensor):
             whole = not root.is_floating_point() and root.dtype != torch.bool
             require(whole, name, "root", "integers", root.dtype)
@@ -207,7 +207,7 @@ class Parameters(nn.Module):
         one = 0 if root is None else integer(name, "root", root, 0, number - 1, expected=expected)
         return torch.full((rows,), one, device=self.weights.device)
 
-    # --- data -------------------------------------------------------------------------------------
+    # --- checks of data, and log-values of leaf units ---------------------------------------------
     def _nothing(self, rows: int = 1) -> Tensor:
         """Return rows of data in which every variable is missing."""
         return torch.full((rows, self.num_variables), -1, device=self.weights.device)
@@ -255,7 +255,7 @@ class Parameters(nn.Module):
         return torch.where(missing, 0, x) if missing.any() else x, missing
 
     def _leaf_values(self, name: str, x: Tensor, external: Tensor | None) -> Tensor:
-        """Return the log-values of the leaf units, ``(B, N)``; 0 if the variable is missing."""
+        """Return the log-values of the leaf units, ``(B, N)``; 0 for missing variables."""
         if isinstance(x, Tensor) and x.dtype == torch.long and x.device.type == "cpu":
             values = self._looked_up(x)
             if values is not None:
@@ -313,7 +313,7 @@ class Parameters(nn.Module):
         return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
 
     def _refuse_external(self, name: str) -> None:
-        """Raise ValueError if there are external leaves: the query has no argument for them."""
+        """Raise ValueError if there are external leaves: a query cannot pass their values."""
         for leaf, _, span in self._families():
             own = not isinstance(leaf, External)
             variable = int(self._var[span][0])
@@ -330,7 +330,7 @@ class Parameters(nn.Module):
 
 
 def read_file(path: str | Path) -> tuple[RegionGraph, str, dict[str, Tensor]]:
-    """Read a file of ``Circuit.save``; return its graph, norm and tensors.
+    """Read a file that ``Circuit.save`` wrote; return its graph, norm and tensors.
 
     Tensors are read only after all checks, since the file is not trusted.
     """

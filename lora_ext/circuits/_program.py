@@ -3,8 +3,8 @@
 The log-values of all units are in one buffer ``val (B, U)`` of ``B`` rows of data and ``U`` units.
 Column 0 is a unit that is always 1 (log-value 0), and column 1 a unit that is always 0 (log-value
 -inf). The next columns are the leaf units, the inputs over several variables, and the sums, stage
-by stage. A stage is a set of regions of one depth, which is the longest distance from the inputs;
-no region of a stage depends on another one. Products are not stored; the backward pass recomputes
+by stage. A stage is a set of regions of equal depth (longest distance from the inputs), so that no
+region of a stage depends on another one. Products are not stored; the backward pass recomputes
 them.
 
 :class:`Layered` describes the layout. A program describes the computation: it is one list of int32
@@ -55,8 +55,8 @@ class InputLayer(NamedTuple):
     """Variable, family and table row of each leaf unit, int32.
 
     Attributes:
-        var: Variable. For a leaf unit over several variables it is the last of them, which no other
-            leaf unit in the same tree has.
+        var: Variable; the last one for a leaf unit over several variables. A sample uses at most
+            one leaf unit with a given value of ``var``.
         dist: Index of the family.
         row: Row in the table of the family.
     """
@@ -152,7 +152,7 @@ def compile_graph(graph: RegionGraph) -> Layered:
 
 
 def _leaves(graph: RegionGraph) -> tuple[tuple[Family, ...], Tensor, InputLayer, dict[int, Any]]:
-    """Compute the layout of the leaf units, family by family.
+    """Compute the layout of a graph's leaf units, family by family.
 
     Returns:
         ``families``, ``indicator_values``, ``inputs`` and ``first_leaves`` of :class:`Layered`.
@@ -190,7 +190,7 @@ def _leaves(graph: RegionGraph) -> tuple[tuple[Family, ...], Tensor, InputLayer,
 
 
 def _stages(graph: RegionGraph) -> tuple[tuple[int, ...], ...]:
-    """Return the stages: regions of sums of one depth and one shape.
+    """Return the stages, each of which contains the sum regions of one depth and one shape.
 
     If a depth has many shapes, its regions are grouped by their numbers of units and their rounded
     numbers of terms instead. The stages determine the order of the weights, on which files depend.
@@ -223,7 +223,7 @@ def _stages(graph: RegionGraph) -> tuple[tuple[int, ...], ...]:
 
 
 class _Writer:
-    """The lists of a program under construction."""
+    """Builder of a program, with the lists of which the program consists."""
 
     def __init__(self, graph: RegionGraph, layered: Layered):
         self.graph, self.layered = graph, layered
@@ -332,7 +332,7 @@ def matrices_of(program: Program) -> list[tuple[int, int, int]]:
 
 
 def rows_of_one_width(program: Program) -> list[tuple[slice, int]]:
-    """Return the range of weights and the number of terms of each run of sums of equal width."""
+    """Return the weights (a slice) and the number of terms of each run of sums of equal width."""
     found: list[tuple[slice, int]] = []
     for first, sums, terms in matrices_of(program):
         end = first + sums * terms
@@ -358,12 +358,12 @@ class Execution:
         self.program, self.roots = program, roots
 
     def to(self, device: torch.device) -> None:
-        """Move the program to ``device`` if it is on another one."""
+        """Move the program to ``device`` if it is on another device."""
         if device != self.program.numbers.device:
             self.program = self.program.to(device)
 
     def up(self, leaf: Tensor, weights: Weights, semiring: str = "sum") -> Tensor:
-        """Return the log-values of all units, ``(B, U)``, from ``leaf (B, N)``."""
+        """Return the log-values ``(B, U)`` of all units from those of the leaves ``(B, N)``."""
         flat, norm, precision = weights
         with torch._C._AutoDispatchBelowAutograd():  # `Evaluate` computes the gradient.
             return ops.circuit_layers(leaf, flat, self.program, norm, semiring, precision)
@@ -392,17 +392,17 @@ class Execution:
     def walk(
         self, val: Tensor, weights: Weights, root: Tensor, uniforms: Tensor | None = None
     ) -> Tensor:
-        """Return, for each walk and variable, the column of the leaf unit that the walk reaches, or
-        -1 if it reaches none.
+        """Choose one term of each sum, from a root unit down to the leaves, for M rows or draws.
 
-        The result is ``(M, n)`` for M walks, see ``ops.circuit_layers_walk``.
+        Return the column of the chosen leaf unit of each variable, ``(M, n)``, or -1 if there is
+        none; see ``ops.circuit_layers_walk``.
         """
         with torch._C._AutoDispatchBelowAutograd():
             return ops.circuit_layers_walk(val, weights.flat, self.program, root, uniforms)
 
 
 class Evaluate(torch.autograd.Function):
-    """Log-values of the roots as a function of leaves and weights; the backward computes flows."""
+    """Autograd function that maps log-values of leaf units and weights to log-values of roots."""
 
     @staticmethod
     def forward(

@@ -100,9 +100,9 @@ class Input:
     tie: str | None = None
 
 
-# --- leaves ---------------------------------------------------------------------------------------
+# --- JSON of leaf families ------------------------------------------------------------------------
 def leaf_to_json(leaf: Leaf) -> dict[str, Any]:
-    """Return the name and fields of a family; raise ValueError for families of other packages."""
+    """Return a leaf family as a dict for JSON; raise ValueError for families of other packages."""
     name = type(leaf).__name__.lower()
     known = FAMILIES.get(name) is type(leaf)
     require(known, "leaf", "family", f"one of {[*FAMILIES]}", type(leaf).__qualname__)
@@ -111,7 +111,7 @@ def leaf_to_json(leaf: Leaf) -> dict[str, Any]:
 
 
 def leaf_from_json(data: Any, where: str) -> Leaf:
-    """Build a family from an untrusted description."""
+    """Build a leaf family from an untrusted dict in the format of :func:`leaf_to_json`."""
     known = isinstance(data, dict) and data.get("family") in list(FAMILIES)
     require(known, where, "family", f"one of {[*FAMILIES]}", f"{data!r:.100}")
     family = FAMILIES[data["family"]]
@@ -138,7 +138,7 @@ def _is_count(value: Any, least: int) -> bool:
     return type(value) is int and least <= value < 2**31
 
 
-# --- regions --------------------------------------------------------------------------------------
+# --- JSON of regions ------------------------------------------------------------------------------
 def regions_to_json(regions: tuple[Region, ...], multi_root: bool) -> str:
     """Return the regions as JSON text for :func:`regions_from_json`."""
     described = [

@@ -1,4 +1,4 @@
-"""Queries that walk down from the root: exact samples, the best tree, and a chain's k best paths.
+"""Queries that choose values from the root down: samples, most probable values, k best paths.
 
 Letters: ``B`` rows of data, ``n`` variables, ``S`` samples per row; in a chain, ``r`` states, ``J``
 candidate values of a variable, ``O`` units of a latent.
@@ -28,8 +28,8 @@ class MapResult(NamedTuple):
     Attributes:
         x: Values ``(B, n)`` of all variables; observed values are those of the evidence.
         value: Log-probability ``(B,)`` of the values and the latents.
-        exact: Whether ``x`` is also known to maximise ``log_prob(x)``, which is the case if the
-            circuit is known to be deterministic. Otherwise ``x`` is the max-product approximation.
+        exact: True if the circuit is known to be deterministic, so that ``x`` also maximises
+            ``log_prob(x)``. Otherwise ``x`` is the max-product approximation.
     """
 
     x: Tensor
@@ -51,7 +51,7 @@ class _Evidence(NamedTuple):
     ) -> _Evidence:
         """Check the evidence and the roots.
 
-        If None, the evidence is rows without observations: one, or one per entry of ``root``.
+        If ``evidence`` is None, all variables are missing, in one row or one per entry of ``root``.
         """
         if evidence is None:
             rows = len(root) if isinstance(root, Tensor) and root.dim() == 1 else 1
@@ -93,8 +93,8 @@ def _fill(
 ) -> None:
     """Write values of the chosen leaf units into the missing entries of ``x``, in place.
 
-    The values are drawn with ``uniforms``, which has the shape of ``x``. If it is None, they are
-    the most probable values.
+    The values are drawn with ``uniforms``, which has the shape of ``x``. With None, the values are
+    the most probable ones.
     """
     for (leaf, table, span), block in zip(circuit._families(), circuit._blocks, strict=True):
         inside = (chosen >= span.start + FIRST_LEAF) & (chosen < span.stop + FIRST_LEAF)
@@ -116,12 +116,12 @@ def _fill(
             x[m, v] = values.to(x.dtype)
 
 
-# --- the k best of a chain: list Viterbi decoding -------------------------------------------------
+# --- the k best pairs of values and states of a chain: list Viterbi decoding ----------------------
 class KBest(NamedTuple):
     """The k best pairs of values and states, best first.
 
-    If there are fewer than k possible pairs, the rest is padded with -1 (NaN for floating ``x``)
-    and with log-probability ``-inf``.
+    If there are fewer than k possible pairs, the results are padded: ``x`` and ``states`` with -1
+    (NaN for floating ``x``), ``value`` with ``-inf``.
 
     Attributes:
         x: Values ``(B, k, n)``; observed values are those of the evidence.
@@ -135,7 +135,7 @@ class KBest(NamedTuple):
 
 
 class _Step(NamedTuple):
-    """A position of the chain: the regions of its latent and its input, and its variable."""
+    """Indices that describe a position of a chain: latent region, input region and variable."""
 
     latent: int
     input: int
@@ -143,7 +143,7 @@ class _Step(NamedTuple):
 
 
 class _Choice(NamedTuple):
-    """The choices at one position of the chain, from which the best pairs are read back.
+    """Choices at one position of the chain, to read back the best pairs of values and states.
 
     A candidate of a state is one of its k best continuations from this position to the end. All
     choices are indices ``(B, r, k)``.
@@ -212,7 +212,7 @@ def _observed(circuit: Parameters, step: _Step, leaf: Tensor, missing: Tensor, k
 
 
 def _values(circuit: Parameters, step: _Step, k: int) -> tuple[Tensor, Tensor]:
-    """Return the best values of each state and their log-probabilities, ``(r, J)`` each."""
+    """Return the k most probable values in each state, and their log-probabilities, ``(r, J)``."""
     units = circuit.columns(step.input)
     first = units[0] - FIRST_LEAF
     span = slice(first, first + len(units))
@@ -269,7 +269,7 @@ def _read_back(
 
 
 class SampleQueries(Parameters):
-    """Parameters of a circuit with the queries that draw or choose values."""
+    """Base class of ``Circuit`` that adds the queries that draw or choose values."""
 
     @torch.no_grad()
     def sample(
@@ -282,19 +282,19 @@ class SampleQueries(Parameters):
     ) -> Tensor:
         """Draw exact samples given evidence; the same uniforms give the same samples.
 
-        An upward pass with the evidence computes the values of all units. Then a walk descends from
-        the root: at each sum it draws a term with probability proportional to weight times value,
-        and at each leaf it draws a value. ``reference._circuit.draw`` defines a draw.
+        An upward pass with the evidence computes the values of all units. Then, from the root down,
+        a term of each sum is drawn with probability proportional to weight times value, and a value
+        at each leaf. ``reference._circuit.draw`` defines how a uniform number selects an index.
 
         Args:
             num_samples: Number S of samples per row of evidence.
-            evidence: Data ``(B, n)`` with missing entries, or None, see the class.
+            evidence: Data ``(B, n)`` with missing entries; None if all variables are missing.
             uniforms: Uniform numbers ``(B, S, sum regions + n)`` in [0, 1), float32 or float64: one
                 per region of sums in graph order, then one per variable. If None, they are drawn
                 with ``generator``.
             generator: Generator of the uniform numbers; None for torch's default.
-            root: Index of a root unit, or one per row, see the class. Variables outside its scope
-                stay missing.
+            root: Index of a root unit, or ``(B,)`` with one index per row. Variables outside the
+                scope of the root unit stay missing.
 
         Returns:
             ``(B, S, n)``: floating if the evidence is, or if a family has continuous values;
@@ -345,8 +345,8 @@ class SampleQueries(Parameters):
         Ties are resolved to the lowest index.
 
         Args:
-            evidence: Data ``(B, n)`` with missing entries, or None, see the class.
-            root: Index of a root unit, or one per row, see the class.
+            evidence: Data ``(B, n)`` with missing entries; None if all variables are missing.
+            root: Index of a root unit, or ``(B,)`` with one index per row.
 
         Raises:
             ValueError: If a shape is wrong, the circuit has external leaves, or it has several root
@@ -377,10 +377,10 @@ class SampleQueries(Parameters):
 
         Args:
             k: Number of pairs, at least 1.
-            evidence: Data ``(B, n)`` with missing entries, or None, see the class.
+            evidence: Data ``(B, n)`` with missing entries; None if all variables are missing.
             lengths: Length of each row's sequence, ``(B,)`` integers in ``1 .. n``. Variables after
                 the end stay missing. None for n.
-            root: Index of a root unit, or one per row, see the class.
+            root: Index of a root unit, or ``(B,)`` with one index per row.
 
         Raises:
             ValueError: If the graph is not a chain, a leaf is external, a continuous variable is

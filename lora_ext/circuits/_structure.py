@@ -108,9 +108,9 @@ def _jointly(*parts: dict[int, int]) -> dict[int, int]:
 def _disjoint(terms: list[dict[int, int]], merged: dict[int, int]) -> bool:
     """Return whether it is certain that the terms exclude each other.
 
-    Either one variable separates all terms, or there are at most 64 terms and every pair has a
-    variable that separates it. ``merged`` contains the values that any term allows, for each
-    variable that all terms restrict.
+    This is certain if one variable separates all terms, or if there are at most 64 terms and every
+    pair has a variable that separates it. ``merged`` contains the values that any term allows, for
+    each variable that all terms restrict.
     """
     if any(sum(t[v].bit_count() for t in terms) == m.bit_count() for v, m in merged.items()):
         return True

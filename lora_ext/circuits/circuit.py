@@ -57,17 +57,19 @@ class Circuit(FlowQueries, SampleQueries):
     circuit with several root units require ``root``: the index of a root unit, or a tensor ``(B,)``
     with one index per row, such as the class of each row.
 
-    Evidence is data with missing entries, which a query fills. If it is None, the query uses rows
-    without observations: one row, or one per entry of a tensor ``root``.
+    Evidence is data with missing entries, which a query fills. If ``evidence`` is None, a query
+    uses rows in which all variables are missing: one row, or one per entry of a tensor ``root``.
 
     Args:
         graph: Structure of the circuit.
         norm: Meaning of the weights. ``"logits"``: they are log-softmaxed over the terms of each
-            sum. ``"none"``: they are used as log-weights, and :meth:`log_partition` is not zero.
+            sum. ``"none"``: they are used as log-weights, and :meth:`log_partition` may differ from
+            zero.
         precision: Precision of ``log_prob``, see ``ops.circuit_layers``; can be changed later.
 
     Attributes:
-        weights: All log-weights, flat; :meth:`region_weights` returns a view of a region's.
+        weights: Log-weights of all sums, one-dimensional; :meth:`region_weights` returns the
+            weights of one region.
         leaves: Tables of parameters, one per family of input distributions.
 
     Raises:
@@ -86,7 +88,7 @@ class Circuit(FlowQueries, SampleQueries):
         Args:
             x: Data ``(B, n)``; -1 or NaN if a variable is missing.
             external: Log-values ``(B, N)`` of the external leaf units, if the circuit has any.
-            root: Index of a root unit, or one per row, see the class.
+            root: Index of a root unit, or ``(B,)`` with one index per row.
 
         Returns:
             ``(B,)`` in the dtype of the parameters; ``(B, R)`` for R > 1 root units without
@@ -112,12 +114,12 @@ class Circuit(FlowQueries, SampleQueries):
 
     @torch.no_grad()
     def log_partition(self) -> Tensor:
-        """Return the log of the sum over all assignments.
+        """Return the logarithm of the sum (or integral) of the circuit over all assignments.
 
-        It is 0 if the circuit is normalised.
+        The result is 0 if the circuit is normalised.
 
         Returns:
-            A single number, or ``(R,)`` for R > 1 root units.
+            A scalar tensor, or ``(R,)`` for R > 1 root units.
         """
         self._refuse_external("log_partition")
         return self.log_prob(self._nothing())[0]
@@ -129,7 +131,7 @@ class Circuit(FlowQueries, SampleQueries):
         external: Tensor | None = None,
         root: int | Tensor | None = None,
     ) -> Tensor:
-        """Return the log-probability of the variables ``keep``; other entries of ``x`` are ignored.
+        """Return the log-probability of the variables in ``keep``; the others are marginalised.
 
         Args:
             x: Data ``(B, n)``.
@@ -138,7 +140,7 @@ class Circuit(FlowQueries, SampleQueries):
             root: See :meth:`log_prob`.
 
         Raises:
-            ValueError: If ``keep`` has an unknown variable, or if :meth:`log_prob` raises it.
+            ValueError: If ``keep`` contains an unknown variable, or if :meth:`log_prob` raises it.
         """
         require_tensor("marginal", "x", x)
         names = list(keep)
@@ -155,12 +157,12 @@ class Circuit(FlowQueries, SampleQueries):
     def conditionals(self, x: Tensor, root: int | Tensor | None = None) -> Tensor:
         """Compute ``log p(x_k | x_<k)`` of each variable given the variables with smaller indices.
 
-        This takes n passes for any graph. ``ops.circuit_scan`` takes one pass, but only supports
-        the graphs cp, hmm and btree.
+        The circuit is evaluated n + 1 times. ``ops.circuit_scan`` needs a single pass, but supports
+        only the graphs cp, hmm and btree.
 
         Args:
             x: Data ``(B, n)``.
-            root: Index of a root unit, or one per row, see the class.
+            root: Index of a root unit, or ``(B,)`` with one index per row.
 
         Returns:
             ``(B, n)``; ``-inf`` after an impossible prefix.

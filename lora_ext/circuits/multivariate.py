@@ -29,7 +29,10 @@ from ._leaves import LOG_TAU, Leaf, Table, add_at, normal_quantile, require_min_
 
 
 class _Group(NamedTuple):
-    """Rows of data with the same observed variables: up to ``T`` rows for each of ``G`` owners."""
+    """Rows of data with the same observed variables: up to ``T`` rows for each of ``G`` owners.
+
+    The owner of a row is the block or the distribution that evaluates the row.
+    """
 
     seen: Tensor  # observed variables, ascending
     hidden: Tensor  # missing variables, ascending
@@ -91,7 +94,7 @@ class _Gaussians(NamedTuple):
 
 
 def _groups(x: Tensor, owner: Tensor) -> Iterator[_Group]:
-    """Split data ``(E, d)`` of owners ``(E,)`` into groups by their missing variables."""
+    """Split the rows of ``x (E, d)``, owned by ``owner (E,)``, by their missing variables."""
     missing = x.isnan()
     patterns, number, sizes = missing.new_zeros(1, x.shape[1]), torch.zeros_like(owner), [len(x)]
     if missing.any():
@@ -110,9 +113,9 @@ def _groups(x: Tensor, owner: Tensor) -> Iterator[_Group]:
 
 
 def _each(x: Tensor, owner: Tensor, answer: Callable[[_Group], Tensor]) -> Tensor:
-    """Return the results of ``answer`` for all rows of data, ``(E, ...)``.
+    """Apply ``answer`` to each group of rows, and return the results by row, ``(E, ...)``.
 
-    ``answer(group)`` computes ``(G, T, ...)`` for the rows of a group.
+    ``answer(group)`` returns ``(G, T, ...)`` for the rows of a group.
     """
     groups = list(_groups(x, owner))
     values = torch.cat([answer(g)[g.inside] for g in groups])
@@ -141,7 +144,7 @@ def _log_peak(factor: Tensor) -> Tensor:
 
 
 def _by_block(row: Tensor, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Return data ``(B M, d)``, the block of each row, and the table rows of each block."""
+    """Return ``x`` as ``(B M, d)``, the block of each row, and the table rows of each block."""
     rows, blocks, _ = x.shape
     owner = torch.arange(blocks, device=x.device).repeat(rows)
     return x.flatten(0, 1), owner, row.view(blocks, -1)
@@ -150,7 +153,7 @@ def _by_block(row: Tensor, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 def _of_blocks(
     row: Tensor, x: Tensor, answer: Callable[[_Group, Tensor, Tensor], Tensor]
 ) -> Tensor:
-    """Compute ``answer`` for all blocks and rows of data, ``(B, M, K, ...)``.
+    """Apply ``answer`` to all blocks and rows of data; return the results ``(B, M, K, ...)``.
 
     ``answer(group, data, units)`` returns ``(G, T, K, ...)``; ``units (G, K)`` are the table rows
     of each owner of the group.
@@ -180,9 +183,9 @@ class MultivariateGaussian(Leaf):
     the exponential of ``log_diagonal`` is neither 0 nor infinite in its dtype. Pseudocounts have no
     effect.
 
-    Each unit of a region is one leaf unit; in other families it is one leaf unit per variable. Each
-    block of leaf units receives d variables. Data are ``(B, M, d)`` in floating point, NaN if
-    missing.
+    A unit of a region is one leaf unit here, whereas in other families it is one leaf unit per
+    variable. Each block of leaf units receives d variables. Data are ``(B, M, d)`` in floating
+    point, NaN if missing.
 
     Args:
         min_std: Lower bound of the standard deviation in every direction, applied by EM.
@@ -207,7 +210,7 @@ class MultivariateGaussian(Leaf):
         return _of_blocks(row, x, lambda *of: gaussians.given(*of, hidden=False).log_prob)
 
     def peak(self, table: Table, row: Tensor, x: Tensor) -> Tensor:
-        """Return the log-density if the missing variables have their most probable values."""
+        """Return the log-density with the missing variables at their most probable values."""
         gaussians = _gaussians(table)
 
         def answer(group: _Group, flat: Tensor, units: Tensor) -> Tensor:
@@ -274,8 +277,8 @@ class MultivariateGaussian(Leaf):
     ) -> None:
         old = _gaussians({k: t.double() for k, t in table.items()})
         count, mean, covariance = _expected(old, row, x.double(), flow.double())
-        # The result has the moments of a mixture of old and new Gaussian, so that a step does not
-        # decrease the likelihood. Mixing only the covariances could decrease it.
+        # The result has the moments of a mixture of the old and the new Gaussian, so that a step
+        # does not decrease the likelihood. Mixing only the covariances could decrease it.
         far = (mean - old.mean)[..., None]
         mixed = (1 - step) * old.factor @ old.factor.mT + step * covariance
         values, vectors = torch.linalg.eigh(mixed + step * (1 - step) * far * far.mT)

@@ -42,8 +42,9 @@ class RegionGraph(Builders):
         num_variables: Number of variables, which are ``0 .. num_variables - 1``.
 
     Raises:
-        PCStructureError: If a child does not precede its parent, numbers of units disagree, a
-            variable is missing, or there are several roots without ``multi_root``.
+        PCStructureError: If a child does not precede its parent, the children of a product have
+            numbers of units that do not match, a variable is missing, or there are several roots
+            without ``multi_root``.
     """
 
     scopes: tuple[int, ...] = field(init=False, compare=False)
@@ -67,7 +68,7 @@ class RegionGraph(Builders):
                 shape = (region.leaf, region.units, width)
                 first = ties.setdefault(region.tie, shape)
                 where, name = f"unit {self.label(i)}", f"tie {region.tie!r}"
-                expected = f"(leaf, units, number of variables or terms) {first} as in its tie"
+                expected = f"(leaf, units, variables or terms) {first} as in the first region"
                 require(shape == first, where, name, expected, shape, PCStructureError)
         roots = tuple(i for i, free in enumerate(parentless) if free)
         require(bool(roots), "RegionGraph", "regions", "at least one", "none", PCStructureError)
@@ -100,8 +101,8 @@ class RegionGraph(Builders):
     def partition_units(self, partition: Partition) -> int:
         """Return the number of product units of a partition.
 
-        It is the number of units of any child, or for a Kronecker product the product of the
-        children's numbers of units.
+        This is the number of units of each child or, for a Kronecker product, the product of the
+        two children's numbers of units.
         """
         counts = [self.regions[c].units for c in partition.children]
         return counts[0] if partition.kind == "hadamard" else counts[0] * counts[1]
@@ -111,7 +112,7 @@ class RegionGraph(Builders):
         return sum(self.partition_units(p) for p in region.partitions)
 
     def depths(self) -> list[int]:
-        """Return the longest distance of each region from an input; 0 for an input."""
+        """Return the length of the longest path from each region down to an input region."""
         found: list[int] = []
         for region in self.regions:
             below = (found[c] for p in region.partitions for c in p.children)
@@ -147,7 +148,7 @@ class RegionGraph(Builders):
                 equal = len(set(counts.values())) == 1
                 check(equal, "children", "equal unit counts in a hadamard product", counts)
 
-    # --- text -------------------------------------------------------------------------------------
+    # --- conversion to text, JSON and Graphviz ----------------------------------------------------
     def __repr__(self) -> str:
         return f"RegionGraph({', '.join(self.counts())})"
 
@@ -174,19 +175,19 @@ class RegionGraph(Builders):
         return [*words, f"leaves {', '.join(families[:3])}{more}"]
 
     def to_json(self) -> str:
-        """Return the graph as JSON text for :meth:`from_json`."""
+        """Return the graph as JSON text; :meth:`from_json` reads the parsed text."""
         return _regions.regions_to_json(self.regions, self.multi_root)
 
     @staticmethod
     def from_json(data: Any, where: str = "region graph") -> RegionGraph:
-        """Build the graph from a parsed description, which is not trusted.
+        """Build a graph from an untrusted description that has been parsed.
 
         Args:
             data: Result of :meth:`to_json`, parsed by ``json.loads``.
-            where: Beginning of error messages.
+            where: Prefix of error messages.
 
         Raises:
-            ValueError: If the description is wrong; the message names the region and the field.
+            ValueError: If the description is invalid; the message names the field and its region.
         """
         return RegionGraph(*_regions.regions_from_json(data, where))
 

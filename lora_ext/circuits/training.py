@@ -24,8 +24,8 @@ class Epoch(NamedTuple):
     """Mean log-likelihoods of an epoch of training, in nats per row.
 
     Attributes:
-        log_prob: Mean over the rows of the epoch; each row is scored before the step of its batch.
-        held_out: Mean over the held-out rows after the epoch; None if there are none.
+        log_prob: Mean over the rows of the epoch, each computed before the step on its batch.
+        held_out: Mean over the held-out rows after the epoch; None if there are no such rows.
     """
 
     log_prob: float
@@ -136,8 +136,8 @@ def _train(
 ) -> list[Epoch]:
     """Run the loop over epochs and batches.
 
-    ``make(x, root, epoch, single)`` makes a step on a batch and returns the mean log-likelihood
-    before it; ``single`` is True if an epoch has one batch.
+    ``make(x, root, epoch, single)`` makes a training step on a batch and returns the mean
+    log-likelihood before the step; ``single`` is True if an epoch has one batch.
     """
     integer(name, "epochs", epochs, 1, expected=COUNT)
     listed = [batches] if isinstance(batches, Tensor) else batches

@@ -1,4 +1,4 @@
-"""The command line ``lora-ext``."""
+"""Command-line program ``lora-ext``."""
 
 from __future__ import annotations
 

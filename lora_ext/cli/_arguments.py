@@ -17,7 +17,7 @@ gpu-report finds a fault or inspect a value that is not finite; 2 on bad input,
 with one sentence on standard error.
 """
 
-# The docstring of this file is the help of the program, that of a command's function its help.
+# The docstring of this file is the program's help. A command's help is its function's docstring.
 
 from __future__ import annotations
 
@@ -54,8 +54,8 @@ class _Parser(argparse.ArgumentParser):
 def make_parser() -> argparse.ArgumentParser:
     """Return the parser of the command line.
 
-    The namespace that it returns has the name of the command as ``command``, and as ``run`` a
-    function that runs the command and receives the namespace.
+    The parsed namespace contains the name of the command as ``command`` and, as ``run``, the
+    function that runs the command with the namespace as its argument.
     """
     about, mark, more = inspect.cleandoc(__doc__ or "").partition("Examples:")
     whole = _Parser("lora-ext", description=about, epilog=mark + more, formatter_class=_Help)
@@ -83,7 +83,7 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 def _add(parser: Any, name: str, text: str, metavar: str | None = None, **more: Any) -> None:
-    """Add an argument. Its default value is appended to the help unless it is empty or zero."""
+    """Add an argument. The help shows the default value unless this is empty or zero."""
     if more.get("default") and more.get("action") is None:
         text += " (default: %(default)s)"
     parser.add_argument(name, help=text, metavar=metavar, **more)
@@ -102,7 +102,7 @@ def _add_inspect(parser: argparse.ArgumentParser) -> None:
     text = f"effective ranks to show, from {', '.join(KINDS)}"
     shown = "entropy stable threshold"
     _add(parser, "--kinds", text, "KIND", nargs="+", choices=KINDS, default=shown.split())
-    text = "threshold of the kinds that count singular values"
+    text = "threshold for the effective ranks that count singular values"
     _add(parser, "--tau", text, "T", type=float, default=1e-2)
     _add_json(parser)
 
@@ -111,10 +111,10 @@ def _add_merge(parser: argparse.ArgumentParser) -> None:
     _add(parser, "adapters", _FOLDER, "ADAPTER", nargs="+")
     text = "weight of each adapter (default: equal, with sum 1; for ties and dare 1 each)"
     _add(parser, "--weights", text, "W", nargs="+", type=_numbers)
-    _add(parser, "--mode", "mode, see above", choices=get_args(MergeMode), default="delta")
+    _add(parser, "--mode", "one of the modes above", choices=get_args(MergeMode), default="delta")
     text = "rank of delta_svd, ties, dare (default: the largest rank of the adapters)"
     _add(parser, "--rank", text, "N", type=int)
-    text = "share of an update's values that ties and dare keep (default: 0.2 and 0.1)"
+    text = "fraction of an update's values that ties and dare keep (default: 0.2 and 0.1)"
     _add(parser, "--density", text, "D", type=float)
     _add(parser, "--seed", "seed of dare (default: 0)", "N", type=int, default=0)
     _add_json(parser, out=True)
@@ -131,9 +131,9 @@ _PRUNE_CHOICES = (  # option, choices with the default first, help
         "score",
         ("distance", "angle", "alignment"),
         "distance of the update from its projection, mostly a measure of the update's size; angle "
-        "between the two; or cosine with the change by alignment, negative if the update undoes it",
+        "between the two; or cosine with the alignment change, negative if the update reverts it",
     ),
-    ("reference", ("population", "permutation", "released"), "what a distance is compared with"),
+    ("reference", ("population", "permutation", "released"), "distances to compare with"),
     ("granularity", ("module", "block"), "unit that is scored and pruned"),
     ("projection", ("frobenius", "orthogonal"), "map onto the aligned directions"),
     (
@@ -150,7 +150,7 @@ def _add_prune(parser: argparse.ArgumentParser) -> None:
     _add(parser, "--base", text, "DIR", required=True)
     _add(parser, "--aligned", "folder of the aligned model", "DIR", required=True)
     amount = parser.add_mutually_exclusive_group(required=True)
-    _add(amount, "--num", "prune K layers", "K", type=int)
+    _add(amount, "--num", "number of layers to prune", "K", type=int)
     text = "prune layers with scores of at most T (smallest) or at least T (largest)"
     _add(amount, "--threshold", text, "T", type=float)
     text = "whether to prune the smallest or the largest scores; depends on --score"
@@ -158,11 +158,11 @@ def _add_prune(parser: argparse.ArgumentParser) -> None:
     for name, choices, text in _PRUNE_CHOICES:
         _add(parser, f"--{name}", text, choices=choices, default=choices[0])
     _add(parser, "--rank", "largest number of directions (orthogonal)", "Q", type=int)
-    text = "share of the squared singular values of the change to keep (orthogonal)"
+    text = "fraction of the sum of squared singular values of the change to keep (orthogonal)"
     _add(parser, "--energy", text, "E", type=float)
-    text = "set all scores to 0 if the distances do not differ, instead of an error"
+    text = "if the distances do not differ, set all scores to 0 instead of raising an error"
     parser.add_argument("--allow-degenerate", action="store_true", help=text)
-    text = "project these layers onto the aligned directions instead (Safe LoRA)"
+    text = "project the chosen layers onto the aligned directions, without pruning (Safe LoRA)"
     parser.add_argument("--project", action="store_true", help=text)
     _add_json(parser, out=True)
 
@@ -181,12 +181,7 @@ _SERVE_NUMBERS = (  # option, metavar, default and help
     ("max-body", "BYTES", 1 << 20, "largest size of a request's body"),
     ("max-loaded-bytes", "BYTES", None, "limit of the adapters on the device (default: none)"),
     ("host-cache-bytes", "BYTES", 1 << 30, "limit of the copies of evicted adapters on the host"),
-    (
-        "max-wait-s",
-        "SECONDS",
-        3.0,
-        "time after which a request that waits for room goes first",
-    ),
+    ("max-wait-s", "SECONDS", 3.0, "time after which a request that waits for room goes first"),
 )
 
 
@@ -197,14 +192,15 @@ def _add_serve(parser: argparse.ArgumentParser) -> None:
     for name, metavar, default, text in _SERVE_NUMBERS:
         kind = float if metavar == "SECONDS" else int
         _add(parser, f"--{name}", text, metavar, type=kind, default=default)
+    text = "dtype of the adapters in memory; float8_e4m3fn rounds them, for half the bytes"
+    _add(parser, "--lora-dtype", text, choices=("auto", "float8_e4m3fn"), default="auto")
     _add(parser, "--device", "torch device (default: cuda if available)", "NAME")
     text = (
-        "packed copy of the base model, for faster decoding on a CPU: kept if it is faster (auto, "
-        "the default), none, plain (in the dtype of the weights), or of 8 or 4 bits. It is made "
-        "if it takes at most a quarter of the free memory"
+        "packed copy of the base model, for faster decoding on a CPU: auto (kept if it is "
+        "faster), none, plain (in the dtype of the weights), or 8 or 4 bits per weight. No copy "
+        "is made if it would take more than a quarter of the free memory"
     )
-    kinds = ("auto", "none", "plain", "8", "4")
-    parser.add_argument("--pack", choices=kinds, default="auto", help=text)
+    _add(parser, "--pack", text, choices=("auto", "none", "plain", "8", "4"), default="auto")
     text = "the same as --pack none"
     parser.add_argument("--no-pack", action="store_const", const="none", dest="pack", help=text)
     text = "compute the same bits as a trainer's forward of lora_ext.exact(model); on a CPU only"
@@ -214,7 +210,7 @@ def _add_serve(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_json(parser: argparse.ArgumentParser, out: bool = False) -> None:
-    """Add ``--json``; with ``out``, also ``--out``, the folder that the command writes."""
+    """Add ``--json`` and, if ``out``, also ``--out``, the folder that the command writes."""
     if out:
         text = "folder to write; an adapter in it is replaced"
         _add(parser, "--out", text, "DIR", required=True)

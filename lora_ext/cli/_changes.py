@@ -37,7 +37,7 @@ def merge(arguments: Namespace) -> None:
     _check_out(arguments.out)
     adapters = [LoraAdapter.load(folder) for folder in arguments.adapters]
     if arguments.weights is None:
-        # By default, these modes sum the updates, and the other modes average them.
+        # By default, "ties" and "dare" sum the updates, and the other modes average them.
         sums = arguments.mode in ("ties", "dare")
         weights = [1.0 if sums else 1 / len(adapters)] * len(adapters)
     else:
@@ -97,18 +97,18 @@ def resize(arguments: Namespace) -> None:
 
 
 def prune(arguments: Namespace) -> None:
-    """Remove an adapter from the layers that undo safety.
+    """Remove an adapter's update from the layers in which it undoes safety.
 
-    SPLoRA. Layers are scored by the distance of their update from the change by
-    alignment: the weights of the aligned model, on which the adapter was
-    trained, minus the weights of its base. No data is needed, and one
-    layer of the models is in memory at a time. With --project, Safe LoRA.
+    This is SPLoRA. It scores layers by the distance of their update from the change
+    by alignment: the weights of the aligned model, on which the adapter was
+    trained, minus those of the base model. It needs no data, and reads one layer
+    of the models at a time. With --project, the method is Safe LoRA.
     """
     from lora_ext.methods import splora
 
     _check_out(arguments.out)
     adapter = LoraAdapter.load(arguments.adapter)
-    # Each option has the name of a field of the config.
+    # Options have the names of the config's fields.
     fields = splora.SploraConfig.__dataclass_fields__
     config = splora.SploraConfig(**{k: v for k, v in vars(arguments).items() if k in fields})
     models = arguments.base, arguments.aligned
@@ -151,7 +151,7 @@ def prune(arguments: Namespace) -> None:
 
 
 def _rank(adapter: LoraAdapter, module: str) -> int | None:
-    """Return the rank of a module, 0 without it, or None if the adapter's file lacks its size."""
+    """Return the rank of a module, 0 if the adapter lacks it, or None if the rank is not known."""
     if not adapter.complete:
         return None
     return adapter.modules[module].a.shape[0] if module in adapter.modules else 0

@@ -30,24 +30,24 @@ def plain(function: Callable[..., Any], **arguments: Any) -> Any:
 class Case:
     """Op with inputs, and the reference that its results must match.
 
-    By default, the reference is the function of the same name. Names in a text are separated by
-    spaces.
+    By default, the reference is the function of :mod:`lora_ext.reference` with the op's name.
+    Arguments with several names are strings, in which spaces separate the names.
 
     Args:
         op: name of the case, which begins with the name of the op.
         make: function that receives a generator and a size, and returns inputs. Size 0 is small,
             for the check, and size 1 is large, for the timing. The names of the inputs are those of
             arguments of ``call``.
-        inputs: names of the inputs of ``make`` that the case needs; by default all. The floor of a
-            time is computed from them, so a timed case has no input that the op does not read.
-        leaves: arguments for which gradients of a weighted sum of the first result are returned
-            too. Without leaves, all results are compared.
+        inputs: names of the inputs of ``make`` that the case needs; by default all. The lower bound
+            of a time is computed from their bytes, so a timed op must read all of them.
+        leaves: names of arguments to differentiate. With leaves, the first result and the gradients
+            of a weighted sum of its elements are compared. Without leaves, all results are.
         arguments: function that prepares the arguments from the inputs, before the timing.
-        of_op: arguments that the reference does not have.
+        of_op: arguments that only the op has.
         call: function that receives the op or the reference, and the arguments.
         prepare: function that replaces ``leaves``, ``arguments`` and ``call``. It receives
-            :mod:`lora_ext.ops` or :mod:`lora_ext.reference`, and the inputs, and returns the call.
-            Only the call of the op is timed, so it must not create a tensor on the host.
+            :mod:`lora_ext.ops` or :mod:`lora_ext.reference`, and the inputs, and returns a function
+            without arguments. The op's function is timed and must not create tensors on the host.
         launches: names of the launchers in ``csrc/include`` that the op calls, without the prefix
             ``launch_``; by default, there is one with the name of the op.
         dtype: dtype of the floating-point inputs of the op. Those of the reference are float64.
@@ -55,7 +55,8 @@ class Case:
         exact: whether the results must be equal, since they are indices.
         timed: whether the case is also timed, with the large size.
         floats: names of the inputs that are float32 for every dtype of the op.
-        read: function that turns inputs and results of the op into the results of the reference.
+        read: function that converts results of the op to the form of the reference's results. Its
+            arguments are the inputs and the results of the op.
     """
 
     op: str
@@ -85,7 +86,7 @@ class Case:
         return (self.launches or self.function.rstrip("_")).split()
 
     def ready(self, given: Inputs) -> Call:
-        """Prepare all arguments from the inputs, and return the call of the op."""
+        """Prepare all arguments from the inputs, and return a function that calls the op."""
         return self._prepared(ops, given)
 
     def formula(self, given: Inputs) -> list[Tensor]:
@@ -123,7 +124,7 @@ class Case:
 
 
 def moved(inputs: Mapping[str, Any], outputs: list[Tensor]) -> int:
-    """Return the total size in bytes of all arguments and results, which a kernel must move."""
+    """Return the bytes that a kernel must move: the total size of all arguments and results."""
     return sum(t.nbytes for t in [*tensors(inputs), *outputs])
 
 
@@ -150,7 +151,7 @@ def randn(g: torch.Generator, *shape: int) -> Tensor:
 
 
 # --- LoRA -----------------------------------------------------------------------------------------
-# (rows, input features, output features, rank, adapters) of the small and of the large size
+# (rows, input features, output features, rank, adapters), for the small and the large size
 _DECODE = ((5, 72, 48, 16, 3), (64, 4096, 4096, 16, 64))
 _PREFILL = ((300, 72, 48, 16, 3), (4096, 4096, 4096, 16, 4))
 _WIDE = ((300, 72, 48, 264, 2), (4096, 4096, 4096, 512, 1))
@@ -232,7 +233,7 @@ def _pairs(given: Inputs) -> Inputs:
 
 
 BF16: Any = {"dtype": torch.bfloat16, "bound": 2.0**-6}
-FLOAT: Any = {"bound": 2.0**-13}  # of results that are float32 or float64 for inputs of every dtype
+FLOAT: Any = {"bound": 2.0**-13}  # for results that are float32 or wider for inputs of any dtype
 
 
 def lora_cases() -> list[Case]:
@@ -280,9 +281,9 @@ def circuit_inputs(sizes: Any, g: torch.Generator, size: int) -> Inputs:
 
 
 def _sampled(of: Any, given: Inputs) -> Call:
-    """Compare the log-probabilities of the tokens that the op draws.
+    """Return a function that computes the log-probabilities of the tokens that the op draws.
 
-    Because of rounding the reference might draw others.
+    The reference does not draw tokens, because rounding could change them.
     """
     arguments = {name: given[name] for name in PARAMETERS}
     if of is reference:
@@ -299,7 +300,7 @@ def _sampled(of: Any, given: Inputs) -> Call:
 
 
 def _verify(given: Inputs) -> Inputs:
-    # Computed from the same numbers for the op and for the reference, whose tokens must be equal.
+    # The op and the reference receive the same numbers, since their tokens must be equal.
     leaf, prior, trans = (given[name].cpu().double() for name in PARAMETERS)
     found = reference.circuit_scan("hmm", leaf, prior, trans, given["x"].cpu())
     leaf = given["leaf"]
@@ -363,7 +364,7 @@ def wide_program_inputs(g: torch.Generator, size: int) -> Inputs:
 
 
 def layers(of: Any, given: Inputs) -> Call:
-    """Return the call of the forward of a circuit, and of the backward for its weights."""
+    """Return a function that runs a circuit's forward, and its backward for the weights."""
     program = ops.Program(given["numbers"], list(given["plan"]))
     leaf, w = given["leaf"], given["w"]
     if of is reference:
@@ -381,10 +382,7 @@ def layers(of: Any, given: Inputs) -> Call:
 
 
 def _roots(program: ops.Program) -> list[int]:
-    """Return the units of the circuit's roots.
-
-    In ``program.numbers``, they follow five other lists.
-    """
+    """Return the units of the circuit's roots, which follow five lists in ``program.numbers``."""
     nodes, parts, children, matrices, users = program.numbers[3:8].tolist()
     first = 10 + 6 * nodes + 4 * parts + 2 * children + 6 * matrices + users
     return program.numbers[first : first + program.plan[5]].tolist()
@@ -514,7 +512,7 @@ def _with_size(given: Inputs) -> Inputs:
 
 
 def packed(rows: int, bits: int, minimum: bool = False) -> Case:
-    """Return the case that multiplies ``rows`` rows by a weight packed to 8 or 4 bits."""
+    """Return the case that multiplies ``rows`` rows by a weight packed to ``bits`` bits."""
     op = f"packed_linear, {bits} bits{' and a minimum' * minimum}, {rows} rows"
     return Case(op, partial(_packed_inputs, rows, bits, minimum), arguments=_with_size)
 
@@ -530,7 +528,7 @@ def packing(bits: int) -> Case:
 
 
 def unpacking(bits: int, dtype: torch.dtype = torch.float32) -> Case:
-    """Return the case that computes the weight of packed codes."""
+    """Return the case that unpacks a weight from packed codes."""
 
     def sizes(given: Inputs) -> Inputs:
         panels, groups = given["packed"].shape[:2]

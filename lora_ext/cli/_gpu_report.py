@@ -31,22 +31,22 @@ from ._gpu_worker import Worker
 from ._output import Fault, say, table
 
 FORMAT = 1
-# Assumed memory bandwidth of a copy in bytes per us, by compute capability.
+# Assumed memory bandwidth in bytes per microsecond, by compute capability.
 _STREAM = {(9, 0): 2.7e6, (8, 0): 1.6e6, (8, 9): 0.27e6}
-_FLUSH = 1 << 27  # bytes to write before each run, more than any L2 cache has
-_FLUSHES = 16  # The GPU still writes while the host launches the run, so no host time is measured.
+_FLUSH = 1 << 27  # bytes to write before each run, more than the size of any L2 cache
+_FLUSHES = 16  # The writes outlast the host's launch of the run, so no host time is measured.
 _RUNS = 20
 
 
 def gpu_report(arguments: Any) -> None:
     """Check and time every kernel on this GPU, and write a report.
 
-    Compares every op with its formula and times its kernels, next to the time that
-    moving their bytes takes. Writes a JSON file and a Markdown page beside it.
-    A case whose kernel crashes or hangs fails; the next one runs in a new process.
-    Compiles and installs nothing. The report contains versions, GPU, clocks, the
-    hash of the kernels, errors and times, but no names or paths. The exit status
-    is 1 if a check fails.
+    Compares every op with its reference formula, and compares the time of its
+    kernels with the time to move their bytes. Writes a JSON file and a Markdown
+    page beside it. If a kernel crashes or hangs, its check fails, and the next check
+    runs in a new process. Compiles and installs nothing. The report contains
+    versions, GPU, clocks, the hash of the kernels, errors and times, but no names
+    or paths. The exit status is 1 if a check fails.
     """
     out, limit = Path(arguments.out), 60 * arguments.minutes
     cases = _chosen(arguments.only)
@@ -79,7 +79,7 @@ def gpu_report(arguments: Any) -> None:
 
 def serve(connection: Connection, backend: str) -> None:
     """Run cases of :func:`all_cases` in this process, as a :class:`Worker` requests them."""
-    # All kernels are loaded, and compiled if they are PTX, with the CUDA context.
+    # All kernels are loaded, and compiled if they are PTX, when the CUDA context is created.
     os.environ.setdefault("CUDA_MODULE_LOADING", "EAGER")
     try:
         with _backend(backend) as (device, module):
@@ -91,7 +91,7 @@ def serve(connection: Connection, backend: str) -> None:
 
 
 def answer(connection: Connection, cases: Sequence[Case], device: torch.device) -> None:
-    """Answer requests until the connection is closed or the CUDA context is spoiled."""
+    """Run requested cases until the connection is closed or a kernel corrupts the CUDA context."""
     known, spoiled = {case.op: case for case in cases}, False
     while not spoiled:
         try:
@@ -121,7 +121,7 @@ def _chosen(only: str | None) -> list[Case]:
     wanted, known = only.split(","), [case.op for case in cases]
     for name in wanted:
         if not any(op.startswith(name) for op in known):
-            raise ValueError(f"--only: expected prefixes of {known}, found {name!r}")
+            raise ValueError(f"--only: expected prefixes of the names {known}, found {name!r}")
     return [case for case in cases if any(case.op.startswith(name) for name in wanted)]
 
 
@@ -196,7 +196,7 @@ def _inputs(case: Case, size: int, device: torch.device) -> dict[str, Any]:
 
 
 def _entry(step: str, case: Case) -> dict[str, Any]:
-    """Return the report's entry of a case without result."""
+    """Return the entry in the report for a case that has no result yet."""
     if step == "time":
         return {"op": case.op, "us": None, "floor_us": None}
     bound = 0 if case.exact else case.bound
@@ -205,7 +205,7 @@ def _entry(step: str, case: Case) -> dict[str, Any]:
 
 
 def _check(case: Case, device: torch.device) -> dict[str, Any]:
-    """Run a case with the small size; return the report's entry.
+    """Run a case at its small size and return its entry in the report.
 
     The entry contains the relative error and its bound, or the message of an exception.
     """
@@ -236,7 +236,7 @@ def _error(found: Tensor, wanted: Tensor) -> float:
 
 
 def _time(case: Case, device: torch.device) -> dict[str, Any]:
-    """Time a case with the large size; return the report's entry.
+    """Time a case at its large size and return its entry in the report.
 
     The entry contains the median time with a flushed L2 cache, and the time to move the bytes of
     all arguments and results at the assumed bandwidth.

@@ -18,11 +18,12 @@ from lora_ext import ops, reference
 from lora_ext.circuits import Categorical, RegionGraph
 
 from . import _gpu_cases as cases
-from ._gpu_cases import Call, Case, Inputs
+from ._gpu_cases import Call, Case, Inputs, convert
 
 # Bound of the relative error by dtype. Results in 16 bits are rounded once.
 _BOUNDS = {torch.float32: 1e-4, torch.float16: 2.0**-9, torch.bfloat16: 2.0**-6}
 PAGE = 8  # ranks per page of a pool
+E4M3 = torch.float8_e4m3fn
 
 
 def all_cases() -> list[Case]:
@@ -42,7 +43,7 @@ def _in(case: Case, dtype: torch.dtype) -> Case:
 
 
 def _dtypes(timed: list[Case]) -> list[Case]:
-    """Return the timed cases in the other dtypes of their kernels."""
+    """Return copies of the timed cases in the other dtypes that their kernels support."""
     fixed = ("lora_plan", "lora_segment_ids", "circuit_table", "circuit_layers", "unpack_weight")
     return [
         _in(case, dtype)
@@ -101,7 +102,7 @@ _TRAIN = {
 
 
 def _sized(*sizes: int) -> Callable[..., Inputs]:
-    """Return the function that makes banks for (rows, inputs, outputs, rank, adapters)."""
+    """Return a function that makes inputs for (rows, inputs, outputs, rank, adapters)."""
     return partial(cases.lora_inputs, (sizes,))
 
 
@@ -125,8 +126,31 @@ def _paged(g: torch.Generator, size: int) -> Inputs:
     }
 
 
+def _paged_float8(g: torch.Generator, size: int, siblings: bool = False) -> Inputs:
+    """Return the inputs of :func:`_paged`, rounded to float8, for one module or two."""
+    given = _paged(g, size)
+    given |= {name: given[name].to(E4M3).float() for name in ("a", "b", "scale")}
+    shared = ("a", "b", "scale", "ranks", "page_table") if siblings else ()
+    return {**given, **{name: [given[name]] * 2 for name in shared}}
+
+
+def _of_float8(case: Case, make: Callable[..., Inputs]) -> list[Case]:
+    """Return two copies of a case with pages of float8: one without and one with weights."""
+
+    def arguments(given: Inputs) -> Inputs:
+        a, b, scale = (given[name] for name in ("a", "b", "scale"))
+        own = {"a": convert(a, lambda t: t.to(E4M3)), "b": convert(b, lambda t: t.to(E4M3))}
+        return {**case.arguments(given), **own, "scale": convert(scale, torch.Tensor.float)}
+
+    more = {"make": _weighted(make), "floats": "weights", "arguments": arguments}
+    return [
+        _varied(case, ", float8", make=make, arguments=arguments),
+        _varied(case, " with weights, float8", **more),
+    ]
+
+
 def _weighted(make: Callable[..., Inputs]) -> Callable[..., Inputs]:
-    """Return the function that also makes a weight for each row."""
+    """Return a function that calls ``make`` and also makes a weight for each row."""
 
     def weighted(g: torch.Generator, size: int) -> Inputs:
         given = make(g, size)
@@ -152,6 +176,8 @@ def _lora_paths(known: Mapping[str, Case]) -> list[Case]:
     return [
         *(_varied(case, note, make=make) for case, note, make in made),
         _varied(apply, ", pages", make=_paged, floats="scale"),
+        *_of_float8(apply, _paged_float8),
+        *_of_float8(siblings, partial(_paged_float8, siblings=True)),
         *(
             _varied(case, f" with weights{note}", make=_weighted(make), floats="weights", **more)
             for case, note, make, more in weighted
@@ -159,8 +185,8 @@ def _lora_paths(known: Mapping[str, Case]) -> list[Case]:
     ]
 
 
-# Bound of the error of log-values by precision, relative to the largest one. "high" keeps 16 bits
-# of both operands of a product, "fp16s" 11 bits.
+# Bound of the error of log-values by precision, relative to the largest log-value. "high" keeps 16
+# bits of both operands of a product, "fp16s" keeps 11 bits.
 _PRECISIONS = {"high": 2.0**-13, "fp16s": 2.0**-10}
 
 
@@ -184,7 +210,7 @@ def _circuit_paths(known: Mapping[str, Case]) -> list[Case]:
 
 
 def _tree(variables: int, rows: int, g: torch.Generator, size: int) -> Inputs:
-    """Return a circuit with several nodes per stage, whose stages are launched one by one."""
+    """Return the inputs of a circuit with several nodes per stage, each stage a separate launch."""
     return cases.graph_inputs(g, RegionGraph.btree(variables, 130, Categorical(2)), rows)
 
 
@@ -197,10 +223,10 @@ def _layers_in(precision: str, semiring: str, of: Any, given: Inputs) -> Call:
 
 
 def _layers_paths() -> list[Case]:
-    """Return cases of whole circuits, whose numbers are always float32."""
+    """Return cases of whole circuits, always with float32 inputs."""
     trees = {"tree": partial(_tree, 4, 3), "wide tree": partial(_tree, 64, 130)}
     chosen = {"by stages": cases.wide_program_inputs, **trees}
-    # Gradients of weights are differences of sums over rows, which are nearly equal.
+    # A gradient of a weight is a difference of nearly equal sums over rows, so its error is larger.
     whole: Any = {"prepare": cases.layers, "launches": cases.BACKWARD, "bound": 1e-3}
     forward = partial(Case, launches=cases.FORWARD)
     of_max = partial(_layers_in, "fp32", "max")
@@ -239,7 +265,7 @@ def _wide_heads(g: torch.Generator, size: int) -> Inputs:
 
 
 def _gram_paths(known: Mapping[str, Case]) -> list[Case]:
-    """Return the cases of Gram matrices in float64, of factors of every dtype."""
+    """Return the cases that compute Gram matrices in float64 from factors of every dtype."""
     wide: Any = {"arguments": partial(dict, dtype=torch.float64), "bound": 1e-10}
     grams = _varied(known["lora_gram"], " in float64", **wide)
     return [

@@ -1,7 +1,7 @@
 """Process that runs the cases of ``lora-ext gpu-report`` for the command.
 
-A faulty kernel may spoil the CUDA context of its process, end the process, or never end. Then only
-the case of this kernel fails: the next case runs in a new process.
+A faulty kernel may corrupt the CUDA context of its process, end the process, or never end. In each
+case, only the check of this kernel fails, because the next check runs in a new process.
 """
 
 from __future__ import annotations
@@ -14,21 +14,21 @@ from typing import Any
 
 from ._output import Fault
 
-# Seconds. The start loads libraries and, on a GPU that is newer than the build, compiles PTX.
+# Limits in seconds. The start loads libraries and compiles PTX if the GPU is newer than the build.
 MAX_START_S, MAX_CASE_S = 600.0, 120.0
 
 # Function that runs in the process: it sends a description of the machine, or an error, and then
-# answers each ``(step, op)`` with an entry of the report and whether its CUDA context is spoiled.
+# answers each ``(step, op)`` with an entry of the report, and True if its CUDA context is corrupt.
 Serve = Callable[[Connection, str], None]
 
 
 class Worker:
-    """Process that is started when a case needs one.
+    """Process that runs cases; it is started when a case needs it.
 
     Args:
-        serve: function of a module, which the process runs.
+        serve: module-level function that the process runs.
         backend: second argument of ``serve``.
-        max_case_s: seconds after which a case without result has failed.
+        max_case_s: seconds after which a case without a result has failed.
     """
 
     def __init__(self, serve: Serve, backend: str, max_case_s: float = MAX_CASE_S):
@@ -58,7 +58,7 @@ class Worker:
         return found
 
     def run(self, step: str, op: str) -> dict[str, Any] | str:
-        """Return the entry of a case, or how the process failed."""
+        """Run a case, and return its entry in the report, or how the process failed, as a text."""
         if self._connection is None:
             self.machine()
         assert self._connection is not None
@@ -66,7 +66,7 @@ class Worker:
         try:
             self._connection.send((step, op))
             found = self._receive(self._max_case_s)
-        except ConnectionError:  # It has ended before.
+        except ConnectionError:  # The process had already ended.
             found = self._receive(self._max_case_s)
         self.seconds += time.monotonic() - begin
         if isinstance(found, str):
@@ -77,7 +77,7 @@ class Worker:
         return entry
 
     def _receive(self, seconds: float) -> Any:
-        """Return what the process sent, or a text if it ended or took too long."""
+        """Return what the process sent, or a text that says how it ended or how long it took."""
         assert self._connection is not None
         try:
             if self._connection.poll(seconds):
@@ -94,5 +94,5 @@ class Worker:
         if self._connection is not None:
             self._connection.close()
             self._process.kill()
-            self._process.join(10)  # A process may be held by its driver for longer.
+            self._process.join(10)  # The driver may keep the process alive for longer.
             self._connection = None

@@ -31,8 +31,9 @@ def distil_guide(arguments: Namespace) -> None:
     """Train a guide for constrained generation on samples of a model.
 
     Writes DIR/guide.safetensors for lora_ext.control.Guide.load, with the head
-    that predicts the guide's state from the model. The measures are nats per token
-    on held-out texts: of the guide, of the model, and of the guide with its head.
+    that predicts the guide's state from the model's hidden state. Prints the loss
+    on held-out texts in nats per token: of the guide, of the model, and of the
+    guide with its head.
     """
     try:
         import transformers

@@ -14,20 +14,20 @@ _DASH = "-"
 
 
 class Fault(Exception):
-    """Fault that a command has found.
+    """Raised if a command finds a fault, such as a value that is not finite.
 
-    The command then prints one sentence to standard error and ends with exit status 1.
+    The command prints the message to standard error and ends with exit status 1.
     """
 
 
 def show(summary: Mapping[str, Any], rows: Sequence[Mapping[str, Any]], as_json: bool) -> None:
-    """Print a summary and below it a table of modules, or print one JSON object with all values.
+    """Print a summary and a table of modules, or one JSON object with all values.
 
     Args:
         summary: values by title. Text output omits values that are None.
-        rows: rows of the table. All have the same keys, which are the headings. They are printed in
-            the order of their "module".
-        as_json: whether to print JSON. The spaces in keys become underscores.
+        rows: rows of the table, printed in the natural order of their "module". All rows have the
+            same keys, which are the headings.
+        as_json: whether to print JSON. Spaces in keys are replaced by underscores.
     """
     rows = sorted(rows, key=lambda row: natural_order(row["module"]))
     if as_json:
@@ -49,7 +49,7 @@ def say(text: str) -> None:
     """
     if sys.stdout is not None:
         encoding = sys.stdout.encoding or "utf-8"
-        # Flushed, since another process may read the output through a pipe and wait.
+        # The output is flushed, since another process may wait for it at the end of a pipe.
         print(text.encode(encoding, "backslashreplace").decode(encoding), flush=True)
 
 
@@ -85,10 +85,10 @@ def cell(value: Any) -> str:
 def progress(
     items: Iterable[Item], desc: str | None = None, total: int | None = None, unit: str = "module"
 ) -> Iterable[Item]:
-    """Return an iterable of the items that shows a progress bar on standard error.
+    """Return an iterable that yields the items and shows a progress bar on standard error.
 
-    The bar appears after a second. Without a terminal or tqdm, there is no bar. The other arguments
-    are those of ``tqdm``.
+    The bar appears after one second. It is not shown if standard error is not a terminal, or if
+    tqdm is not installed. For ``desc``, ``total`` and ``unit``, see ``tqdm``.
     """
     if sys.stderr is None or not sys.stderr.isatty():
         return items

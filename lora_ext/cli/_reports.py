@@ -11,7 +11,7 @@ from lora_ext.adapter import LoraAdapter, compare_adapters, rank_report
 
 from ._output import Fault, progress, show
 
-_LISTED = 8  # maximum number of tensors with bad values that a message lists
+_LISTED = 8  # maximum number of tensors with NaN or inf that a message lists
 
 
 def doctor(arguments: Namespace) -> int:

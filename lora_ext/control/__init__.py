@@ -1,7 +1,7 @@
 """Constraints that every generated text satisfies, and guides that look ahead to the text's end.
 
-A guide is a small hidden Markov model of a language model's texts. It estimates the probability
-that a text can still satisfy its constraint, so that constrained texts stay likely.
+A guide is a small hidden Markov model of a language model's texts. The guide estimates the
+probability that a text can still satisfy its constraint, so that constrained texts stay likely.
 """
 
 from ._guide import Guide

@@ -41,7 +41,7 @@ class Guide:
     Attributes:
         measures: Measurements by name, see :func:`distil`.
         prior: Weight ``(H, D)`` of a :class:`~lora_ext.control.PriorHead` that was learned with the
-            guide, or None. It is saved and loaded with the guide.
+            guide, or None. The weight is saved and loaded with the guide.
 
     Raises:
         ValueError: If a shape, dtype or device is wrong, or values are not probabilities.
@@ -76,7 +76,7 @@ class Guide:
             circuit: Circuit with ``Categorical`` leaves, for example trained by ``train_em``.
 
         Raises:
-            ValueError: If the circuit has another graph, or fewer than two variables.
+            ValueError: If the circuit has a different graph, or fewer than two variables.
         """
         graph = circuit.graph
         where = "Guide.from_circuit", "circuit"
@@ -150,12 +150,12 @@ class Guide:
 
     # --- following a text -------------------------------------------------------------------------
     def step(self, law: Tensor, tokens: Tensor) -> Tensor:
-        """Return the distribution of the state after one more token of each row.
+        """Return the distribution of the next state, given one more token of each row: ``(B, H)``.
 
         If a token has probability 0 under the guide, only the transition is applied.
 
         Args:
-            law: Distribution of the state before the token, ``(B, H)``.
+            law: Distribution of the state that emits the token, ``(B, H)``.
             tokens: Next token of each row, ``(B,)`` int64.
         """
         seen = law * self.by_token[tokens]
@@ -165,11 +165,11 @@ class Guide:
         return moved / moved.sum(-1, keepdim=True)
 
     def filter(self, tokens: Tensor, prior: Tensor | None = None) -> Tensor:
-        """Return the distribution of the state after rows of tokens, such as prompts: ``(B, H)``.
+        """Return the distribution of the state after each row of tokens, ``(B, H)``.
 
         Args:
             tokens: Integer tokens ``(B, T)``; -1 is padding and does not change the distribution.
-            prior: Distribution before the first token, ``(B, H)``; None for :attr:`initial`.
+            prior: Distribution at the first token, ``(B, H)``; None for :attr:`initial`.
 
         Raises:
             ValueError: If tokens are out of range, or a shape is wrong.
@@ -252,8 +252,8 @@ def _product(rows: Tensor, packed: Tensor | None, matrix: Tensor) -> Tensor:
 def regions_of_hmm(graph: RegionGraph) -> tuple[int, int, int]:
     """Return the indices of three regions of ``RegionGraph.hmm(..., homogeneous=True)``.
 
-    They are the root z0, a latent region with the shared transitions, and an input region with the
-    shared leaves.
+    The regions are the root z0, a latent region with the shared transitions, and an input region
+    with the shared leaves.
     """
     latent = next(i for i, r in enumerate(graph.regions) if r.tie == "transition")
     inputs = next(i for i, r in enumerate(graph.regions) if r.leaf is not None)

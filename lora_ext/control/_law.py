@@ -8,11 +8,11 @@ distribution and
 
 is the guide's probability that the text will satisfy the constraint, given the tokens so far and
 ``x``. ``A`` is the guide's distribution of its state and ``beta`` its emission. ``s`` is the
-current state of the constraint's automaton and ``delta`` its transition function. ``_messages.py``
-computes ``C``.
+current state of the constraint's automaton and ``delta`` its transition function. ``k`` is the
+number of tokens left, and ``C`` is computed in ``_messages.py``.
 
-All functions compute with ``log r``. For the mask law it is 0 for allowed tokens, and for both laws
-``-inf`` for forbidden tokens. ``_rejection.py`` draws tokens from these laws.
+All functions compute with ``log r``. In the mask law, ``log r`` is 0 for allowed tokens; in both
+laws, it is ``-inf`` for forbidden tokens. ``_rejection.py`` draws tokens from these laws.
 
 Letters: ``V`` vocabulary, ``H`` states of the guide, ``S`` states of the automaton, ``n`` rows of a
 block, ``B`` rows of the batch.
@@ -30,8 +30,8 @@ from torch import Tensor
 from ._guide import Guide
 from ._messages import MatchedPlan, NextTokens, Plan
 
-#: A next state can be allowed by the constraint but have probability 0 under the guide. It is then
-#: treated as less likely than the least likely of the other next states, by this number of nats.
+#: A next state can be allowed by the constraint but have probability 0 under the guide. Such a
+#: state is treated as less likely than the least likely other next state, by this number of nats.
 IMPOSSIBLE_GAP_NATS = 50.0
 
 
@@ -39,7 +39,7 @@ IMPOSSIBLE_GAP_NATS = 50.0
 class Row:
     """State of one row between two tokens.
 
-    Rows are immutable, so you can store one and continue from it later.
+    Rows are immutable, so you can store a row and continue from it later.
 
     Attributes:
         plan: Constraint with its budget and guide.
@@ -77,14 +77,14 @@ class Row:
 
     @property
     def only(self) -> int | None:
-        """Next token if exactly one is allowed, otherwise None, also after the end."""
+        """Next token if exactly one is allowed. None otherwise, and if the row has ended."""
         if self.ended or self.lost:
             return None
         return self.plan.only(self.state, self.left)
 
     @property
     def guided_plan(self) -> Plan | None:
-        """Plan if the next token has the guided law, otherwise None."""
+        """Plan of the row if its next token has the guided law, otherwise None."""
         if isinstance(self.plan, MatchedPlan) or self.plan.guide is None:
             return None
         return None if self.ended or self.lost else self.plan
@@ -122,7 +122,8 @@ class Block(NamedTuple):
 
     Attributes:
         places: Indices of the rows in the batch.
-        ratio: ``log r (n, V)`` of the rows; ``-inf`` for forbidden tokens.
+        ratio: Logarithms ``log r (n, V)`` of the factors of all next tokens; ``-inf`` for forbidden
+            tokens.
     """
 
     places: list[int]
@@ -130,7 +131,8 @@ class Block(NamedTuple):
 
 
 def log_ratios(rows: Sequence[Row | None]) -> list[Block]:
-    """Return ``log r`` of the rows, in blocks of rows with equal plans and states.
+    """Return ``log r``, the logarithms of the factors of all next tokens, in blocks of rows with
+    equal plans and states.
 
     The blocks omit rows without a constraint, rows after a forbidden token, and rows without a
     guide in which every token is allowed. If the guide of a row is in float32 on the CPU, the bits
@@ -159,7 +161,7 @@ def log_ratios(rows: Sequence[Row | None]) -> list[Block]:
 class _GuidedRows:
     """Rows with a guide and the same plan, state and number of tokens left.
 
-    A wide next state is one that many tokens lead to, see :class:`Layout`.
+    A next state is *wide* if many tokens lead to it, see :class:`Layout`.
 
     Attributes:
         places: Indices of the rows in the batch.
@@ -185,7 +187,7 @@ class _GuidedRows:
         """Return ``log r (n, V)``.
 
         ``of_wide (w n, V)`` contains, for each wide next state, ``log r`` as if every token led to
-        this state. It is None if there are no wide next states.
+        this state. The argument is None if there are no wide next states.
         """
         layout, device, rows = self.layout, self.laws.device, len(self.laws)
         if of_wide is None or not layout.wide:
@@ -258,7 +260,7 @@ def finite_scales(scales: Tensor, step: NextTokens) -> Tensor:
     """Return log-scales ``(S + 1,)`` of messages, finite for all allowed next states of a step.
 
     A next state of probability 0 under the guide is still allowed by the constraint. Its log-scale
-    is set ``IMPOSSIBLE_GAP_NATS`` below the smallest log-scale of the others.
+    is set ``IMPOSSIBLE_GAP_NATS`` below the smallest log-scale of the other next states.
     """
     known = scales[step.states.to(scales.device)]
     if bool((known > -torch.inf).all()):
@@ -290,7 +292,7 @@ def moved(blocks: Sequence[Block], scores: Tensor, temperature: float = 1.0) -> 
     for places, ratio in blocks:
         ratio = ratio.to(scores)
         if temperature != 1:
-            # Not fused with the addition: rounding would then depend on the address of the row.
+            # A fused product and addition would make rounding depend on the address of the row.
             ratio = temperature * ratio
         first, last = places[0], places[-1]
         if places == list(range(first, last + 1)):

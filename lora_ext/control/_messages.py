@@ -1,4 +1,5 @@
-"""Plans: the states from which a text can end within its budget, and the probability that it does.
+"""Plans, which compute whether a text can end within its budget, and the guide's probability of a
+text that satisfies its constraint.
 
 A :class:`Plan` is a constraint with a budget of ``n`` tokens, including the end token, and a
 minimum number ``lo`` of tokens before the end token. All rows with a plan share its tables, the
@@ -37,8 +38,8 @@ from .language import DEFAULT, Constraint, Limits, Matched
 _WHERE = "constraint"
 _KEPT_SEGMENTS = 3
 _KEPT_STEPS = 1024
-# If more than V / _PART tokens lead to a next state, their ratios are computed for all tokens in
-# one product. Otherwise, the emissions of these tokens are gathered.
+# If more than V / _PART tokens lead to a next state, one product over the whole vocabulary computes
+# their ratios. Otherwise, only the emissions of these tokens are gathered.
 _PART = 8
 _FEW = 64  # up to V / 64 forbidden tokens are stored as indices, more as a mask
 _shared: weakref.WeakKeyDictionary[Guide, weakref.WeakValueDictionary[tuple[object, ...], Messages]]
@@ -52,15 +53,15 @@ class Plan:
 
     Args:
         constraint: Constraint of the text.
-        budget: Largest number ``n`` of tokens, including the end token. Error messages call it
-            max_new_tokens, and ``least`` min_new_tokens, as in ``generate``.
+        budget: Largest number ``n`` of tokens, including the end token. In error messages, the
+            budget is called max_new_tokens and ``least`` min_new_tokens, as in ``generate``.
         least: Smallest number ``lo`` of tokens before the end token.
         guide: Guide that looks ahead; None for the mask law.
         limits: Limits of the guide's tables.
 
     Raises:
         ValueError: If no text of the constraint has a length between ``least`` and the budget, or
-            the guide has another vocabulary.
+            the guide has the wrong vocabulary.
     """
 
     constraint: Constraint
@@ -143,7 +144,7 @@ class Plan:
         return torch.where(live, 0.0, -torch.inf)[self.constraint.class_index]
 
     def only(self, state: int, k: int) -> int | None:
-        """Return the allowed token if there is only one, otherwise None."""
+        """Return the next token if exactly one is allowed, otherwise None."""
         return self.step(state, k).only
 
     # --- messages ---------------------------------------------------------------------------------
@@ -151,8 +152,8 @@ class Plan:
     def edges(self) -> tuple[Tensor, Tensor, Tensor]:
         """Edges of the automaton: sources ``(E,)``, targets ``(E,)``, and the edges by class.
 
-        The last tensor, ``(S, classes)``, contains the edge that a class of tokens follows in a
-        state, or -1 if the class is forbidden.
+        The last tensor, ``(S, classes)``, contains the index of the edge that a class of tokens
+        follows in a state, or -1 if the class is forbidden.
         """
         table = self.constraint.table.long()
         states = len(table) + 1
@@ -176,9 +177,9 @@ class Plan:
 
     @cached_property
     def messages(self) -> Messages:
-        """Messages of the guide, shared by existing plans with the same guide and constraint.
+        """Messages of the guide, which plans with the same guide and constraint share.
 
-        If ``least`` is not 0, they also depend on ``least`` and the budget.
+        If ``least`` is not 0, the plans must also have the same ``least`` and budget.
         """
         assert self.guide is not None
         states, guide = self.constraint.num_states + 1, self.guide
@@ -196,7 +197,7 @@ class Plan:
 
 
 class MatchedPlan:
-    """Plan of a constraint that a matcher evaluates. Its mask does not depend on the budget.
+    """Plan of a constraint from a matcher. Its masks do not depend on the budget.
 
     Args:
         constraint: Constraint of the text.
@@ -213,12 +214,12 @@ class MatchedPlan:
         return self.constraint.next_state(state, token)
 
     def mask(self, state: int, k: int) -> Tensor | None:
-        """Return the mask of allowed tokens, see :meth:`Plan.mask`."""
+        """Return the mask of the next token, see :meth:`Plan.mask`."""
         live = self.constraint.mask(state)
         return None if live.all() else torch.where(live, 0.0, -torch.inf)
 
     def only(self, state: int, k: int) -> int | None:
-        """Return the only allowed token, see :meth:`Plan.only`."""
+        """Return the next token if exactly one is allowed, see :meth:`Plan.only`."""
         live = self.constraint.mask(state).nonzero()
         return int(live) if len(live) == 1 else None
 
@@ -229,7 +230,7 @@ class NextTokens:
     Attributes:
         live: Whether each class of tokens is allowed, ``(classes,)`` bool.
         after: State after a token of each class, ``(classes,)``; -1 if the class is not allowed.
-        states: Distinct next states of the allowed classes, without the end.
+        states: Distinct next states of the allowed classes, except the state after the end.
     """
 
     def __init__(self, plan: Plan, state: int, k: int):
@@ -255,7 +256,7 @@ class NextTokens:
 
     @cached_property
     def layout(self) -> Layout:
-        """Tokens, grouped by how their ratio ``r`` is computed (see ``_law.py``)."""
+        """Tokens, grouped by the method that computes their ratio ``r`` (see ``_law.py``)."""
         constraint = self._constraint
         vocab, end = constraint.vocab_size, constraint.end
         after = self.after[constraint.class_index]  # (V,)
@@ -280,7 +281,7 @@ class NextTokens:
 
     @cached_property
     def only(self) -> int | None:
-        """Allowed token if there is only one, otherwise None."""
+        """Next token if exactly one is allowed, otherwise None."""
         order, first = self._constraint.tokens_by_class
         if int(first.diff()[self.live].sum()) != 1:
             return None
@@ -295,7 +296,7 @@ class Layout(NamedTuple):
         wide: Next states of many tokens. ``log r`` of these tokens is computed by one product with
             the whole vocabulary per state.
         others: Masks ``(V,)`` bool of the tokens of each wide state except the first.
-        narrow: The other allowed tokens that do not end the text, ``(t,)``.
+        narrow: Allowed tokens that neither lead to a wide state nor end the text, ``(t,)``.
         behind: Next state of each narrow token, ``(t,)``.
         dead: Indices of the forbidden tokens, or a mask ``(V,)`` bool if there are many.
         ends: Tokens that end the text.
@@ -310,7 +311,8 @@ class Layout(NamedTuple):
 
 
 class Messages:
-    """Tables ``C_k``. Every ``stride``-th table is stored; the others are recomputed when needed.
+    """Tables of the messages ``C_k``. Every ``stride``-th table is stored; all other tables are
+    recomputed when needed.
 
     A row ``C_k(s)`` is divided by its largest entry, whose logarithm is stored as the row's scale.
     """
@@ -354,7 +356,7 @@ class Messages:
             return segment[rest]
 
     def _before(self, table: Tensor, scale: Tensor, k: int) -> tuple[Tensor, Tensor]:
-        """Return ``C_k`` from ``C_{k-1}``."""
+        """Compute ``C_k`` and its scales from those of ``C_{k-1}``."""
         source, target, weights = self._source, self._target, self._weights
         end = len(table) - 1
         # Without a minimum length, all budgets share these tables, and k may exceed self._budget.

@@ -1,12 +1,13 @@
-"""Draws from the guided law without computing it for the whole vocabulary.
+"""Draws from the guided law (the distribution of the next token under a constraint, with a guide)
+that do not compute this law for the whole vocabulary.
 
 The guided law is ``p(x) r(x)``, see ``_law.py``. ``r(x)`` has the upper bound
 ``b(x) = max_z C_{k-1}(delta(s, x), z)``, which is the same for all tokens of a class. Tokens are
 therefore drawn by rejection sampling with the envelope ``p(x) b(x)``: a token drawn from the
 envelope is kept with probability ``r(x) / b(x)``, which is computed only for drawn tokens.
 
-Letters: ``B`` rows of the batch, ``V`` vocabulary, ``H`` states of the guide; ``n`` rows of a round
-and ``m`` tokens that it draws per row.
+Letters: ``B`` rows of the batch, ``V`` vocabulary, ``H`` states of the guide, ``n`` rows that still
+need a token, ``m`` tokens that one round draws per row.
 """
 
 from __future__ import annotations
@@ -74,10 +75,10 @@ def draw(
 ) -> tuple[list[int], int]:
     """Draw the next token of every row exactly from its mask law or guided law.
 
-    Each round draws ``tries`` tokens (fewer in the first round) from ``p(x) b(x)`` and returns the
-    first one that is kept. If none is kept, ``r`` replaces ``b`` for these tokens in the next
-    round. If no round keeps a token, the token is drawn from ``p(x) r(x)``, computed over the whole
-    vocabulary.
+    Each round draws ``tries`` tokens per row (fewer in the first round) from ``p(x) b(x)``, and the
+    first one that is kept is the row's token. If none is kept, the next round uses ``r`` instead of
+    ``b`` for the rejected tokens. If no round keeps a token, the token is drawn from ``p(x) r(x)``,
+    computed over the whole vocabulary.
 
     Args:
         rows: State of every row; None for a row without a constraint.
@@ -89,11 +90,11 @@ def draw(
         rounds: Largest number of rounds before the whole vocabulary is used.
 
     Returns:
-        The tokens, and the number of drawn tokens that were examined.
+        The token of each row, and the number of drawn tokens that were examined.
 
     Raises:
-        ValueError: If all allowed tokens of a row have the score ``-inf``, or if one of them has
-            the score NaN or inf.
+        ValueError: If all allowed tokens of a row have the score ``-inf``, or if the score of an
+            allowed token is NaN or inf.
     """
     tempered, envelope = proposal_scores(rows, scores, temperature)
     wrong = (~envelope.amax(-1).isfinite()).nonzero()[:, 0].tolist()
@@ -113,8 +114,8 @@ def proposal_scores(
         temperature: One number, or one per row as ``(B, 1)``.
 
     Returns:
-        The scores, unchanged if the temperature is the number 1 and otherwise from
-        :func:`_tempered`; and the envelope, in float32 or wider.
+        The scores, which are unchanged if the temperature is the number 1 and otherwise computed by
+        :func:`_tempered`, and the envelope, which is float32 or wider.
     """
     wide = scores.to(torch.promote_types(scores.dtype, torch.float32))
     found = [None if row is None else log_bound(row) for row in rows]
@@ -159,7 +160,8 @@ def draw_from(
     """Draw tokens like :func:`draw`, given the two results of :func:`proposal_scores`."""
     tokens, looked_at = [-1] * len(rows), 0
     waiting, bounded = list(range(len(rows))), envelope
-    # Rows without a guide keep every token, and most other rows keep one of the first few.
+    # Rows without a guide accept every proposed token. Most rows with a guide accept one of the
+    # first few proposed tokens.
     guided = any(row is not None and row.plan.guide is not None for row in rows)
     count = max(1, tries // 4) if guided else 1
     for turn in range(rounds):
@@ -181,7 +183,8 @@ def draw_from(
         if not waiting:
             return tokens, looked_at
         bounded, envelope, at, keep = bounded[still], envelope[still], at[still], keep[still]
-        # `scatter` and not `scatter_add`: a token drawn twice must be lowered only once.
+        # `scatter` and not `scatter_add`: the score of a token that was drawn twice must be lowered
+        # only once.
         envelope = envelope.scatter(1, at, envelope.gather(1, at) + keep.log().to(envelope))
         count = tries
     whole = moved(log_ratios([rows[i] for i in waiting]), tempered[waiting])
@@ -201,9 +204,9 @@ def _sampled(logits: Tensor, numbers: Tensor) -> Tensor:
 def likeliest(rows: Sequence[Row | None], scores: Tensor, tries: int = 256) -> list[int]:
     """Return the most likely token of every row under its law at temperature 1.
 
-    Tokens are examined in descending order of the bound ``p(x) b(x)``. The search ends as soon as
-    the bound does not exceed the largest ``p(x) r(x)`` found. If it has not ended after ``tries``
-    tokens, ``p(x) r(x)`` is computed over the whole vocabulary.
+    Tokens are examined in descending order of the bound ``p(x) b(x)``. The search ends at the first
+    token whose bound does not exceed the largest ``p(x) r(x)`` found. If the search has not ended
+    after ``tries`` tokens, ``p(x) r(x)`` is computed over the whole vocabulary.
     """
     found = [(i, log_bound(row)) for i, row in enumerate(rows) if row is not None]
     envelope = moved([Block([i], bound[None]) for i, bound in found if bound is not None], scores)

@@ -63,7 +63,7 @@ def distil(
             does not increase the likelihood of held-out texts.
         prior_steps: Number of training steps of the guide's :class:`~lora_ext.control.PriorHead`; 0
             for no head.
-        held_out: Share of the texts that are held out to compute the measures and to stop EM.
+        held_out: Fraction of the texts that are held out to compute the measures and to stop EM.
         eos_token_id: End token or tokens; None for those of the model's ``generation_config``.
         seed: Seed of the samples and the clusters. The state of torch's generator is restored
             afterwards.
@@ -174,7 +174,7 @@ def _learned(
     held_out: float,
     progress: Progress | None,
 ) -> Guide:
-    """Learn a guide from texts: clusters, emissions, transitions from counts and EM, prior head."""
+    """Learn a guide from texts: clusters, emissions, transitions and, optionally, a prior head."""
     tokens, order = written.tokens, torch.randperm(len(written.tokens))
     apart = min(len(order) - 1, max(1, round(held_out * len(order))))
     train, test = tokens[order[:-apart]], tokens[order[-apart:]]
@@ -186,7 +186,7 @@ def _learned(
     cluster[seen] = _clusters(hidden, states, progress)
     emission = _emission(head, hidden, cluster[seen], states, progress)
     before, after = cluster[:, :-1].flatten(), cluster[:, 1:].flatten()
-    both = after >= 0  # `before` is then not -1 either
+    both = after >= 0  # where `after` is not -1, `before` is not -1 either
     transition = torch.full((states, states), 1 / states)
     transition.index_put_((before[both], after[both]), torch.ones(int(both.sum())), accumulate=True)
     first = torch.bincount(cluster[:, 0], minlength=states).float() + 0.1
@@ -252,7 +252,7 @@ def _emission(
     """
     weight, sums = head.weight, torch.empty(0)
     parts = list(zip(hidden.split(_CHUNK), cluster.split(_CHUNK), strict=True))
-    for points, places in _shown(parts, progress, "laws"):
+    for points, places in _shown(parts, progress, "emissions"):
         laws = head(points.to(weight.device, weight.dtype)).float().softmax(-1).cpu()
         sums = sums if len(sums) else laws.new_zeros(states, laws.shape[1])
         sums.index_add_(0, places, laws)
@@ -266,7 +266,7 @@ def _with_transitions(
     """Update the transitions and the initial distribution by EM, and return the best guide.
 
     EM stops at the first step that does not increase the likelihood of held-out texts. Emissions do
-    not change, because EM would overfit them to the few sampled tokens.
+    not change, because EM would overfit the emissions to the few sampled tokens.
 
     Returns:
         The guide, and the log-likelihood of the held-out texts.

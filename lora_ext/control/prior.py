@@ -34,7 +34,7 @@ class PriorHead(nn.Module):
 
     Attributes:
         weight: Weight ``P (H, D)``, initialised with ``guide.prior``. If ``guide.prior`` is None,
-            it is initialised with zeros, which give a uniform distribution.
+            the weight is initialised with zeros, which give a uniform distribution.
 
     Raises:
         ValueError: If ``hidden_size`` differs from that of ``guide.prior``, or both are None.
@@ -62,8 +62,8 @@ class PriorHead(nn.Module):
     def log_prob(self, hidden: Tensor, following: Tensor) -> Tensor:
         """Return the guide's log-probability of the tokens after each hidden state, ``(B,)``.
 
-        It is ``log sum_z A(z) p(x_1 .. x_m | z)``, where ``p(. | z)`` is the guide's probability of
-        the tokens if state z emits the first one.
+        The value is ``log sum_z A(z) p(x_1 .. x_m | z)``, where ``p(. | z)`` is the guide's
+        probability of the tokens if state z emits the first one.
 
         Args:
             hidden: Hidden states ``(B, D)``.

@@ -30,19 +30,19 @@ class ConstraintProcessor:
 
     Pass it as ``model.generate(..., logits_processor=[ConstraintProcessor(...)])`` for sampling,
     greedy or beam search. ``softmax(scores / temperature)`` of the returned scores is the
-    distribution of the next token. Without a guide it is the mask law: the model's distribution,
-    restricted to tokens after which the text can still end within the budget. With a guide it is
-    the guided law, which also multiplies by the guide's probability that the text will satisfy the
-    constraint (docs/control.md). No text is truncated: it ends at the latest with the last token of
-    the budget, unless its constraint is from :meth:`Constraint.from_matcher`. Scores of rows
-    without a constraint stay bitwise unchanged.
+    distribution of the next token. Without a guide, this is the mask law: the model's distribution,
+    restricted to tokens after which the text can still end within the budget. With a guide, it is
+    the guided law: the mask law multiplied by the guide's probability that the text will satisfy
+    the constraint (docs/control.md). No text is truncated: every text ends within the budget,
+    unless its constraint is from :meth:`Constraint.from_matcher`. Scores of rows without a
+    constraint stay bitwise unchanged.
 
     You can pass one processor to several consecutive calls of ``generate``. If the prompts of a
     call are rows that an earlier call returned, call :meth:`reset` first: otherwise the processor
-    cannot distinguish the first step of the new call from one more step of the earlier call. Later
-    changes of the scores, such as top_p, change the distribution, but the constraint still holds.
-    Penalties, ``min_new_tokens`` of ``generate`` and stop rules may forbid all tokens that a
-    constraint allows.
+    cannot distinguish the first step of the new call from one more step of the earlier call. If
+    later processors such as top_p change the scores, the constraint still holds, but the
+    distribution changes. Penalties, ``min_new_tokens`` of ``generate`` and stop rules may forbid
+    all tokens that a constraint allows.
 
     Args:
         constraints: Constraint of all rows, or a list with one constraint (or None) per prompt.
@@ -50,17 +50,17 @@ class ConstraintProcessor:
         max_new_tokens: Budget of every row: the largest number of new tokens, including the end
             token, as in ``generate``.
         min_new_tokens: Smallest number of tokens before the end token.
-        temperature: The same temperature as in ``generate``, which divides the returned scores by
-            it.
+        temperature: Temperature that is passed to ``generate``, which divides the returned scores
+            by it.
         prior: Guide's distribution ``(B, H)`` of its state at the first new token of every row,
             such as ``guide.filter(prompts)``; None for the guide's ``initial``.
         limits: Limits of the guide's tables.
 
     Attributes:
-        log_weight: ``log (p / p_drawn)`` of each row after a run, ``(B,)``. ``p`` is the
-            probability of the row under the unconstrained scores at the temperature. With these
-            weights, sampled rows have the distribution ``p`` given the constraint, up to a constant
-            factor.
+        log_weight: ``log (p / p_drawn)`` of each row after ``generate``, ``(B,)``. ``p`` is the
+            row's probability under the unconstrained scores at the temperature, and ``p_drawn``
+            under the constrained scores. Weighted with ``p / p_drawn``, sampled rows represent the
+            distribution ``p``, restricted to the constraint, up to a constant factor.
 
     Raises:
         ValueError: If a constraint cannot be satisfied within the budget, the guide has another
@@ -147,9 +147,9 @@ class ConstraintProcessor:
         """
         return self._weight + self._next
 
-    # --- one run and the next ---------------------------------------------------------------------
+    # --- state between runs -----------------------------------------------------------------------
     def reset(self) -> None:
-        """Start a new run at the next call, with the whole budget and new log-weights."""
+        """Start new texts at the next call, with the whole budget and new log-weights."""
         self._prompt = None
 
     def _goes_on(self, input_ids: Tensor) -> bool:
@@ -166,11 +166,11 @@ class ConstraintProcessor:
         return length == before + 1
 
     def _warn_if_over(self, input_ids: Tensor) -> None:
-        """Warn once per run if ``generate`` would already have stopped.
+        """Warn once if ``generate`` would have stopped before this call.
 
-        If ``generate`` has the processor's budget and end tokens, ``input_ids`` are then prompts
-        of a new ``generate``. There is no warning if the rows are reordered, which only happens
-        between the steps of one beam search.
+        The call is then the first of a new ``generate``, unless ``generate`` has another budget or
+        other end tokens. There is no warning if the rows are reordered, which only happens between
+        the steps of one beam search.
         """
         if self._warned or not torch.equal(input_ids[:, :-1], self._before):
             return
@@ -182,10 +182,10 @@ class ConstraintProcessor:
         self._warned = True
         warnings.warn(
             f"{_WHERE}: input_ids: expected no call after max_new_tokens={self._budget} tokens or "
-            f"an end token in every row, found one after {new.shape[1]} new tokens. It continues "
-            "the run, and rows that have ended only get end tokens. For a new call of generate "
-            "with the returned rows, call reset() first; otherwise pass the same max_new_tokens "
-            "and eos_token_id to generate",
+            f"an end token in every row, found one after {new.shape[1]} new tokens. This call "
+            "continues the texts, and rows that have ended only get end tokens. For a new call of "
+            "generate with the returned rows, call reset() first; otherwise pass the same "
+            "max_new_tokens and eos_token_id to generate",
             stacklevel=3,
         )
 
@@ -214,9 +214,9 @@ class ConstraintProcessor:
         self._weight = torch.zeros(batch, dtype=torch.float64)
 
     def _parents(self, input_ids: Tensor) -> list[int]:
-        """Return, for each row, the index of the row of the previous call that it continues.
+        """Return for each row the index of the row of the last call that this row continues.
 
-        Beam search reorders rows.
+        The indices differ from 0, 1, ... in beam search, which reorders rows.
         """
         batch = len(input_ids)
         if torch.equal(input_ids[:, :-1], self._before):

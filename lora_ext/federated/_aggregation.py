@@ -1,7 +1,7 @@
 """Aggregation of clients' updates into one global adapter, by layer and rank.
 
-The update of a module is ``s B A``: scale s, factors A ``(r, I)`` and B ``(O, r)``. Shape letters:
-r rank, I inputs and O outputs of a module.
+An adapter adds ``s B A`` to the weight of a module, with a scale s and factors A ``(r, I)`` and B
+``(O, r)``. Shape letters: r rank, I inputs and O outputs of the module.
 """
 
 from __future__ import annotations
@@ -26,22 +26,23 @@ WHERE = "aggregate"
 
 @dataclass(frozen=True)
 class Aggregate:
-    """The result of aggregating one round.
+    """Result of the aggregation of one round.
 
     Attributes:
-        state: the new global adapter. A tensor that no client trained is the original object; if
-            the round was skipped, every tensor is.
+        state: the new global adapter. Tensors that no client trained, and all tensors if the round
+            was skipped, are the objects of the old adapter.
         accepted: clients with valid replies, in ascending order.
-        rejected: reason of each rejection by client, with the key, expected and found value.
-        uncovered: layers that no accepted client trained.
-        noise: relative error of each layer: the difference between averaging A and B separately
-            and averaging ``B A``, or the truncation error with "svd".
-        skipped: whether the round was skipped, so that ``state`` equals the state before it.
+        rejected: by client, the reason for rejecting its reply, with expected and found value.
+        uncovered: indices of the layers that no accepted client trained.
+        noise: by layer, the norm of the error divided by the norm of the mean of ``B A``. The error
+            is ``mean(B) mean(A) - mean(B A)``, or the part that "svd" truncates; the noise is 0 for
+            "stack".
+        skipped: True if the round was skipped and ``state`` equals the old adapter.
         stacked: with "stack", ``(A, B)`` in float64 by module name in the base model. The caller
             must add ``scaling * B @ A`` to the base weight.
-        clipped: factor below 1 by which an update above ``max_update_norm`` was multiplied, by
-            client.
-        reason: why the round was skipped.
+        clipped: by client, the factor below 1 that scaled the client's update down to
+            ``max_update_norm``. Clients with smaller updates have no entry.
+        reason: why the round was skipped; empty if it was not.
     """
 
     state: dict[str, Tensor]
@@ -74,9 +75,9 @@ def aggregate(
 ) -> Aggregate:
     """Average the replies of a round into the global adapter.
 
-    Each tensor theta becomes ``theta + server_lr * (sum_i w_i theta_i / sum_i w_i - theta)``,
-    summed over the clients i that trained its layer. Client i has the value ``theta_i`` and the
-    weight ``w_i``.
+    A tensor theta of the state becomes ``theta + server_lr * (sum_i w_i theta_i / sum_i w_i -
+    theta)``. The sums are over the clients i that trained the layer of theta; ``theta_i`` is the
+    value of theta at client i, and ``w_i`` is the client's weight.
 
     =========== ===================================================================================
     rank_agg    what is averaged
@@ -90,31 +91,32 @@ def aggregate(
                 base weight; in the new state, B is 0 and A does not change
     =========== ===================================================================================
 
-    All values of a rank can become 0, if the values of clients cancel or the product has a smaller
-    rank in "svd". The rank's row of A is then drawn at random, so that training can change it; the
-    product does not change. "zero_pad" keeps these zeros.
+    Row j of A and column j of B can both become 0, if the clients' values cancel or, with "svd", if
+    the product has a smaller rank. Training could not change such zeros. Row j of A is therefore
+    drawn at random, which leaves ``B A`` unchanged. "zero_pad" keeps the zeros.
 
     Sums are computed in float64, with the clients in sorted order, and rounded once to the dtype of
-    the state, so the order of replies does not change any bit. Invalid replies are rejected
-    individually. No tensor is broadcast.
+    the state, so the order of replies does not change any bit. An invalid reply is rejected, and
+    all other replies are averaged. Shapes must match exactly: no tensor is broadcast.
 
     Args:
         state: the whole global adapter under PEFT's names: A ``(r, I)``, B ``(O, r)``.
         updates: the clients' replies. Identical updates of one client count once.
         rank_agg: method of averaging, one of those in the table.
-        upload: content of a reply's tensors: "delta", differences from the state, or "value".
-        weighted_by: weight of a client: its number of examples, or 1 if None.
+        upload: "delta" if replies contain differences from ``state``, "value" for new values.
+        weighted_by: "num-examples" if the weight of a client is its number of examples; None if all
+            weights are 1.
         server_lr: step size of the server, above 0.
-        scaling: scale s of all clients, one number or numbers by module name in the base model.
+        scaling: scale s of all clients: a number, or numbers by module name in the base model.
         nan_policy: if a reply contains NaN or infinity, "drop_client" rejects it; "drop_tensor"
             ignores only the tensor (and the other factor, if products are averaged); "raise" raises
             an error.
-        max_update_norm: maximum norm of an update over all its tensors; a larger one is scaled
-            down.
-        min_replies: number of accepted replies below which the round is skipped.
-        partial_ok: whether a reply may lack modules of its plan; both factors must be missing.
+        max_update_norm: maximum norm of an update over all its tensors. An update with a larger
+            norm is scaled down to this norm. None for no maximum.
+        min_replies: minimum number of accepted replies. With fewer, the round is skipped.
+        partial_ok: whether a reply may lack both factors of modules in its plan.
         pattern: regular expression whose first group is the index of a layer in a name.
-        shared: names of additional tensors that every client sends, such as those of a head.
+        shared: names of tensors outside the adapter that every client sends, such as a head's.
 
     Raises:
         ValueError: If settings are out of range; if the state has no layers, or its factors do not
@@ -182,7 +184,7 @@ class _Round:
         self.new: dict[str, Tensor] = {}
         self.stacked: dict[str, tuple[Tensor, Tensor]] = {}
         self._generator = torch.Generator().manual_seed(0)
-        self._squares: dict[int, tuple[float, float]] = {}  # layer -> squared error and size
+        self._squares: dict[int, tuple[float, float]] = {}  # by layer: squared norms
 
     def add(self, pair: Pair, scale: float) -> None:
         """Aggregate the factors of one module."""
@@ -202,15 +204,15 @@ class _Round:
             self._squares[pair.layer] = errors + (scale * error) ** 2, sizes + (scale * size) ** 2
 
     def noise(self) -> dict[int, float]:
-        """Return the relative error of each layer: the root of the squares summed over modules."""
+        """Return by layer the norm of the error, divided by the norm of the averaged products."""
         return {
             layer: math.sqrt(error / size) if size else 0.0
             for layer, (error, size) in self._squares.items()
         }
 
     def _add_means(self, pair: Pair, parts: list[PairPart]) -> tuple[float, float]:
-        """Average A and B separately; return the norm of the difference from the averaged product,
-        and the norm of that product."""
+        """Average A and B separately. Return the norm of ``mean(B) mean(A) - mean(B A)``, and the
+        norm of ``mean(B A)``."""
         weights = _by_norm(parts) if self.rank_agg == "fro" else [p.weight for p in parts]
         zero_pad = self.rank_agg == "zero_pad"
         means: list[Tensor] = []
@@ -221,7 +223,7 @@ class _Round:
             if own:
                 means.append(_mean_of(start, own, axis, zero_pad))
             alone = self.parts(key) if self.rank_agg != "fro" else own
-            if len(alone) > len(own):  # The other factor of some clients was dropped.
+            if len(alone) > len(own):  # For some clients, the other factor is not finite.
                 self.write(key, _mean_of(start, alone, axis, zero_pad))
             elif own:
                 self.write(key, means[-1])
@@ -239,7 +241,7 @@ class _Round:
         a, b = _stack_of(self._moved(_normalised(parts), start_a, start_b))
         size = norm_of(a, b)
         if not math.isfinite(size):
-            raise TooLarge(f"{pair.module}: expected products of a finite norm, found {size}")
+            raise TooLarge(f"{pair.module}: expected products with a finite norm, found {size}")
         dtype = self.rules.state[pair.a].dtype
         near_a, near_b, dropped = truncated(a, b, start_a.shape[0], dtype)
         near_a, near_b = padded(near_a, near_b, start_a.shape[0])
@@ -248,7 +250,7 @@ class _Round:
         return dropped, size
 
     def _add_stack(self, pair: Pair, parts: list[PairPart]) -> tuple[float, float]:
-        """Stack the clients' factors, which the caller adds to the base weight, and set B to 0."""
+        """Stack the clients' factors, to be added to the base weight by the caller; set B to 0."""
         if not parts:
             return 0.0, 0.0
         start_a, start_b = self._start(pair.a), self._start(pair.b)
@@ -257,8 +259,8 @@ class _Round:
         return 0.0, 1.0
 
     def _moved(self, parts: list[PairPart], a: Tensor, b: Tensor) -> list[PairPart]:
-        """Return parts whose weighted products sum to the global product after a step of
-        ``server_lr`` towards the mean."""
+        """Return the parts of the new global product: a step of ``server_lr`` from the product of
+        the global factors ``a`` and ``b`` towards the mean of ``parts``."""
         if self.server_lr == 1:
             return parts
         towards = _normalised(parts, to=self.server_lr)
@@ -295,13 +297,13 @@ def _scales(scaling: float | Mapping[str, float], pairs: Sequence[Pair]) -> dict
 
 # -------------------------------------------------------------------------------------------------
 # The following functions combine the factors of one module from several clients, in float64 on the
-# CPU. A client's rank may be smaller than the global one; its factors are then the first rows of A
-# and the first columns of B. Clients are added one after another, so that results do not depend on
-# the number of threads.
+# CPU. A client's rank may be smaller than the global rank; the client's factors are then the first
+# rows of A and the first columns of B. Clients are added one after another, so that results do not
+# depend on the number of threads.
 
 
 class Part(NamedTuple):
-    """Value of a tensor from one client, and its weight."""
+    """A client's value of a tensor, and the client's weight in the mean."""
 
     weight: float
     value: Tensor
@@ -309,7 +311,7 @@ class Part(NamedTuple):
 
 
 class PairPart(NamedTuple):
-    """Factors of a module from one client, and their weight."""
+    """A client's factors of a module, and the client's weight in the mean."""
 
     weight: float
     a: Tensor  # (r, I)
@@ -317,7 +319,8 @@ class PairPart(NamedTuple):
 
 
 def _mean_of(start: Tensor, parts: Sequence[Part], axis: int, zero_pad: bool) -> Tensor:
-    """Return the weighted mean of each rank over the clients that have it, shaped like ``start``.
+    """Return the weighted mean of each rank over the clients that have this rank, shaped like
+    ``start``.
 
     Args:
         start: global value, which is returned for ranks that no client has.
@@ -341,8 +344,8 @@ def _mean_of(start: Tensor, parts: Sequence[Part], axis: int, zero_pad: bool) ->
 
 
 def _mean(parts: Sequence[Part]) -> Tensor:
-    """Return the weighted mean. Differences from the first value are averaged, so that the mean of
-    equal values is exact."""
+    """Return the weighted mean of the parts' values. Differences from the first value are averaged,
+    so that the mean of equal values is exact."""
     weights = [part.weight for part in parts]
     if not any(weights):
         weights = [part.otherwise for part in parts]

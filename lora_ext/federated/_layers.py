@@ -1,4 +1,5 @@
-"""Control of which layers of a client's model train, and transfer of the layers' tensors.
+"""Selection of the layers that are trained in a client's model, and copies of the layers' factors
+to and from the CPU.
 
 Shape letters: r rank, I inputs and O outputs of a module.
 """
@@ -34,12 +35,12 @@ Others = Literal["frozen", "disabled"]
 class LoraLayerManager:
     """Manager of the adapter's layers in the model of a federated client.
 
-    A layer consists of all the adapter's parameters in one block of the model. A *planned* layer
-    trains. A *frozen* layer applies its adapter, but its parameters require no gradients. A
+    A layer consists of all the adapter's parameters in one block of the model. A *planned* layer is
+    trained. A *frozen* layer applies its adapter, but its parameters require no gradients. A
     *disabled* layer computes only its base layer. The gradients of frozen and disabled layers are
     set to None, so that an optimizer's weight decay does not change the parameters. Modules of the
-    adapter outside all blocks are always frozen. The base model's parameters and
-    ``model.training`` do not change.
+    adapter outside all blocks are always frozen. The base model's parameters and ``model.training``
+    do not change.
 
     Args:
         model: model with layers of :mod:`lora_ext.nn` or PEFT, before or after ``from_peft``.
@@ -51,8 +52,8 @@ class LoraLayerManager:
         num_layers: number of layers, L.
         modules: for each layer, the names of its modules in the base model.
         blocks: for each layer, the name of its block in the model.
-        lowest_trainable: index of the lowest layer that trains; None if no layer trains, which
-            includes the time before the first :meth:`apply`.
+        lowest_trainable: index of the lowest trained layer; None if no layer is trained, or if
+            :meth:`apply` has not been called.
 
     Raises:
         LayerNotFound: If the pattern matches no module of the adapter; if the indices have gaps; or
@@ -103,12 +104,12 @@ class LoraLayerManager:
         self._dropout = [d.p if isinstance(d, nn.Dropout) else None for d in dropouts]
 
     def apply(self, plan: LayerPlan, mode: Mode = "train", others: Others = "frozen") -> None:
-        """Set which layers train and which are frozen or disabled, until the next call.
+        """Set which layers are trained, frozen or disabled, until the next call.
 
         Args:
-            plan: the layers to train. Its ranks are only checked: they take effect through
-                :meth:`load_slice`, since rows of A and columns of B that are both zero stay zero in
-                training.
+            plan: the layers to train. The plan's ranks are only checked. To train a layer at a
+                smaller rank, load factors of that rank with :meth:`load_slice`, which sets all
+                further ranks to zero. These ranks stay zero in training.
             mode: "train" to train the planned layers, "eval" to freeze them.
             others: state of the layers outside the plan, "frozen" (Fed-HeLLo) or "disabled"
                 (LEGEND).
@@ -116,7 +117,7 @@ class LoraLayerManager:
         Raises:
             ValueError: If the model lacks a layer or a rank; if ``mode`` or ``others`` is unknown;
                 or if the adapter is merged into the base weight, or not active in a planned layer.
-                Then no layer is changed.
+                No layer is changed in this case.
         """
         where = "LoraLayerManager.apply"
         choice(where, "mode", mode, get_args(Mode))
@@ -125,7 +126,7 @@ class LoraLayerManager:
         trained = set(plan.layers) if mode == "train" else set()
         for layer, index in self._layer_of:
             apart = self.adapter not in layer.merged_adapters
-            require(apart, where, "model", "an adapter that is not merged", "a merged one")
+            require(apart, where, "model", "an adapter that is not merged", "a merged adapter")
             active = index not in trained or self.adapter in layer.active_adapters
             require(active, where, "model", f"{self.adapter!r} to be active", layer.active_adapters)
         on = [i is None or i in plan.layers or others == "frozen" for _, i in self._layer_of]
@@ -134,7 +135,7 @@ class LoraLayerManager:
             for parameter in adapter_parameters(layer, self.adapter):
                 parameter.requires_grad_(index in trained)
                 if index not in trained:
-                    parameter.grad = None  # an optimizer would still apply it
+                    parameter.grad = None  # otherwise, an optimizer would still use it
             if p is not None:
                 keeps = index in trained or self.frozen_dropout
                 layer.lora_dropout[self.adapter].p = p if keeps else 0.0
@@ -142,20 +143,20 @@ class LoraLayerManager:
 
     @contextlib.contextmanager
     def boundary(self) -> Iterator[None]:
-        """Return a context manager without an autograd graph below the lowest layer that trains.
+        """Return a context manager that disables gradients below the lowest trained layer.
 
-        Each block below that layer runs under ``no_grad``, even if its inputs require gradients.
-        Activations are stored, and the backward pass runs, only for the blocks from that layer
-        upwards. Modules before and between the lower blocks get no gradients either. If no layer
-        trains, all blocks run under ``no_grad``. Checkpointing of the upper blocks must not be
-        reentrant, since reentrant checkpointing trains nothing if no input requires a gradient.
+        Each block below that layer runs under ``no_grad``, even if the block's inputs require
+        gradients. Activations are stored only for the other blocks, and the backward pass ends at
+        that layer. Modules before and between the lower blocks get no gradients either. If no layer
+        is trained, all blocks run under ``no_grad``. Checkpointing of the upper blocks must not be
+        reentrant: a reentrant checkpoint computes no gradients if no input requires gradients.
         """
         lowest = self.num_layers if self.lowest_trainable is None else self.lowest_trainable
         without = _WithoutGraph()
         with contextlib.ExitStack() as hooks:
             for block in map(self.model.get_submodule, self.blocks[:lowest]):
                 hooks.enter_context(block.register_forward_pre_hook(without.enter))
-                # ``always_call`` restores gradients even if the forward raises.
+                # ``always_call`` restores the gradient mode even if the forward raises.
                 leave = block.register_forward_hook(without.leave, always_call=True)
                 hooks.enter_context(leave)
             hooks.callback(without.end)
@@ -193,19 +194,19 @@ class LoraLayerManager:
     def load_slice(self, state: Mapping[str, Tensor], strict: bool = True) -> None:
         """Copy factors into the model; factors of a smaller rank are padded with zeros.
 
-        If a row of A and the column of B of the same rank are both zero, so are their gradients: an
-        adapter of rank 8 padded to 16 trains like one of rank 8. The adapter's scale does not
-        change.
+        If row j of A and column j of B are both zero, their gradients are zero. Training an adapter
+        of rank 8 that is padded to rank 16 is therefore the same as training it at rank 8. The
+        adapter's scale does not change.
 
         Args:
             state: factors from :meth:`state_slice`; names may lack ``base_model.model.``.
-            strict: whether to raise for names that are not factors of a layer, and for a layer of
-                which ``state`` contains only some modules. False skips these names.
+            strict: whether to raise for names that are not factors of a layer, and for layers of
+                which ``state`` contains only some modules. False skips such names and modules.
 
         Raises:
             KeyError: If a module lacks one of its two factors.
-            ValueError: If the model lacks a name, if a module is missing, or if a shape or dtype
-                does not fit. Then the model is not changed.
+            ValueError: If a name, shape or dtype does not fit the model, or if a module is missing.
+                The model is not changed in this case.
         """
         where = "LoraLayerManager.load_slice"
         by_module = {pair.module: pair for pair in self._pairs}
@@ -301,7 +302,7 @@ def forwards(replaced: Mapping[nn.Module, Callable[..., Any]]) -> Iterator[None]
 
 @contextlib.contextmanager
 def assigned(owner: Any, name: str, value: Any) -> Iterator[None]:
-    """Return a context manager in which an attribute of an object has another value."""
+    """Return a context manager in which an attribute of an object is replaced."""
     before = getattr(owner, name)
     setattr(owner, name, value)
     try:

@@ -1,9 +1,10 @@
-"""Updates for secure summation: they have one size for every plan, and the server uses only sums.
+"""Updates for secure summation: shapes are equal for all plans, and the server uses only sums.
 
-Secure summation adds vectors without revealing any single one. Each client therefore sends all
+Secure summation adds vectors without revealing a single vector. Each client therefore sends all
 layers multiplied by its weight, with zeros for untrained layers, and its weight for each rank of
 each module. The server divides the sum of the layers by the sum of the weights. The result is the
-"covered" mean of :func:`aggregate`, whose other methods and rejections need the individual replies.
+"covered" mean of :func:`aggregate`. The other methods of :func:`aggregate` would need the
+individual replies.
 """
 
 from __future__ import annotations
@@ -43,17 +44,17 @@ def masked_payload(
     max_update_norm: float | None = None,
     pattern: str = PATTERN,
 ) -> dict[str, Tensor]:
-    """Return one client's terms of the sums: ``w * mask * delta``, and ``w * mask`` by rank.
+    """Return one client's terms of the sums: ``w * mask * delta`` and, per rank, ``w * mask``.
 
-    ``w`` is the weight of the client, ``mask`` is 1 for the ranks that it trained and 0 for others,
-    and ``delta`` is its change of the global adapter.
+    ``w`` is the client's weight, ``mask`` is 1 for the ranks that the client trained and 0 for all
+    others, and ``delta`` is the client's change of the global adapter.
 
     Args:
         state, update, upload, weighted_by, max_update_norm, pattern: see :func:`aggregate`.
 
     Returns:
-        for every plan, all names of the state with their shapes, and ``<module>.rank_weights``
-        ``(r,)`` with the rank r of the module; float64 if the state is float64, else float32.
+        tensors for all factors in the layers of the state, and ``<module>.rank_weights`` ``(r,)``
+        for each module of rank r, whatever the plan; float64 for a float64 state, else float32.
 
     Raises:
         ValueError: If :func:`aggregate` would reject the update; the message contains the reason.
@@ -84,7 +85,8 @@ def masked_payload(
 
 
 def masked_shapes(pairs: Sequence[Pair], state: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
-    """Return the names and shapes of :func:`masked_payload`, which are the same for every plan."""
+    """Return the names and shapes of the tensors from :func:`masked_payload`; they do not depend on
+    the plan."""
     shapes = {key: tuple(state[key].shape) for p in pairs for key in (p.a, p.b)}
     return shapes | {_weights_key(p): (state[p.a].shape[0],) for p in pairs}
 
@@ -101,11 +103,11 @@ def aggregate_masked(
 
     Args:
         state: the global adapter from which the clients started.
-        sums: sums by name.
+        sums: for each name in :func:`masked_payload`, the sum of the clients' tensors.
         server_lr: step size of the server, above 0.
 
     Returns:
-        the new global adapter. A tensor that no client trained is the original object.
+        the new global adapter. Tensors that no client trained are the objects in ``state``.
 
     Raises:
         ValueError: If a name is missing or unknown, a shape or dtype differs, weights are negative,
@@ -205,11 +207,11 @@ def _check_sums(update: Update, rules: Rules, shapes: Mapping[str, tuple[int, ..
         weights = torch.zeros_like(update.tensors[key])
         weights[:rank] = weight
         found = update.tensors[key]
-        expected = f"{weight:g} for {rank} ranks, and zeros for the others"
+        expected = f"{weight:g} for {rank} ranks, and zeros for all other ranks"
         need(torch.equal(found, weights), key, expected, found.tolist())
         for axis, key in enumerate((pair.a, pair.b)):
             beyond = int(update.tensors[key].narrow(axis, rank, full - rank).count_nonzero())
-            need(beyond == 0, key, f"zeros beyond rank {rank}", f"{beyond} other values")
+            need(beyond == 0, key, f"zeros beyond rank {rank}", f"{beyond} nonzero values")
 
 
 def _wide(value: Tensor) -> torch.dtype:

@@ -1,9 +1,9 @@
 """Conversion of the tensors of planned layers to arrays of a message, and back.
 
-Messages are untrusted. A message has named arrays and a manifest of flat lists, which Flower's
-records can store. numpy has no bfloat16, so the bits of bfloat16 are sent as ``uint16``, and the
-names of these tensors are in the manifest. Shape letters: r rank, I inputs and O outputs of a
-module.
+Messages are untrusted. A message has named arrays and a manifest, a dict of flat lists, which
+Flower's records can store. numpy has no bfloat16. The bits of bfloat16 tensors are therefore sent
+as ``uint16``, and the manifest lists the names of these tensors. Shape letters: r rank, I inputs
+and O outputs of a module.
 """
 
 from __future__ import annotations
@@ -41,8 +41,8 @@ class Payload(NamedTuple):
 
     Attributes:
         arrays: arrays by tensor name, or one array of bytes with the name "packed".
-        manifest: flat lists by name. They contain the names of the bfloat16 tensors, or the names,
-            dtypes and shapes of the packed tensors.
+        manifest: flat lists by name: the names of the bfloat16 tensors, or the names, dtypes and
+            shapes of the packed tensors.
     """
 
     arrays: dict[str, np.ndarray]
@@ -61,7 +61,7 @@ def plan_shapes(
 
     Args:
         state: the whole global adapter.
-        plan: the layers, and ranks that do not exceed the global ones.
+        plan: the layers, and ranks that do not exceed the global adapter's.
         pattern: regular expression whose first group is the index of a layer in a name.
 
     Raises:
@@ -73,7 +73,7 @@ def plan_shapes(
 def shapes_of(
     pairs: Sequence[Pair], state: Mapping[str, Tensor], plan: LayerPlan
 ) -> dict[str, tuple[int, ...]]:
-    """Compute :func:`plan_shapes` from the pairs of factors that the state contains."""
+    """Return the result of :func:`plan_shapes` for the pairs of factors in the state."""
     where = "plan_shapes"
     known = {pair.layer for pair in pairs}
     for layer in plan.layers:
@@ -91,7 +91,7 @@ def shapes_of(
 def plan_bytes(state: Mapping[str, Tensor], plan: LayerPlan, pattern: str = PATTERN) -> int:
     """Return the size in bytes of a plan's tensors, ``itemsize * sum of r (I + O)``.
 
-    It is the traffic in one direction, without framing (headers and names). See
+    These bytes are sent in each direction, in addition to headers and names. See
     :func:`plan_shapes` for arguments and errors.
     """
     return bytes_of(state, plan_shapes(state, plan, pattern))
@@ -107,11 +107,12 @@ def pack_tensors(tensors: Mapping[str, Tensor], flat: bool = False) -> Payload:
 
     Args:
         tensors: tensors by name, of dtype float16, bfloat16, float32 or float64, on any device.
-        flat: whether to pack all tensors into one array of bytes. Each array of a message adds more
-            than a hundred bytes of framing, which is much compared with factors of small ranks.
+        flat: whether to pack all tensors into one array of bytes. Each array adds more than a
+            hundred bytes of headers to a message, which is large compared with factors of small
+            rank.
 
     Raises:
-        ValueError: If a tensor has another dtype; the message names it.
+        ValueError: If a tensor has none of these dtypes; the message names the tensor.
     """
     arrays: dict[str, np.ndarray] = {}
     for key, value in tensors.items():
@@ -139,8 +140,8 @@ def unpack_tensors(
 ) -> dict[str, Tensor]:
     """Copy the tensors out of a message.
 
-    Names, dtypes, shapes and sizes are checked before anything is allocated. A payload may lack
-    some of the names; :func:`aggregate` checks for that.
+    Names, dtypes, shapes and sizes are checked before anything is allocated. Missing tensors are
+    not detected here; :func:`aggregate` checks for them.
 
     Args:
         payload: untrusted payload in the format of :func:`pack_tensors`.
@@ -148,7 +149,7 @@ def unpack_tensors(
         where: prefix of error messages, such as the node.
 
     Raises:
-        ValueError: If the payload is invalid; the message contains key, expected and found.
+        ValueError: If the payload is invalid. The message names the tensor or list.
     """
     manifest = payload.manifest
     found: dict[str, Tensor] = {}
@@ -208,7 +209,7 @@ def _flat_entries(payload: Payload, where: str) -> dict[str, tuple[str, np.ndarr
         shape = tuple(sizes[place : place + dim])
         kind = _DTYPES[dtype][1]
         stop = start + kind.itemsize * math.prod(shape)
-        require(stop <= packed.size, where, key, f"an end by byte {packed.size}", f"byte {stop}")
+        require(stop <= packed.size, where, key, f"an end within {packed.size} bytes", stop)
         entries[key] = dtype, packed[start:stop].view(kind).reshape(shape)
         start, place = stop, place + dim
     require(start == packed.size, where, _PACKED, f"{start} bytes", packed.size)
@@ -225,8 +226,7 @@ def _list(manifest: Mapping[str, Any], name: str, kind: type, where: str) -> lis
 def read_npy(data: bytes, where: str = "read_npy") -> np.ndarray:
     """Read the bytes of a .npy file as an array, without a copy and without pickle.
 
-    The size of an array with the shape and dtype in the header is compared with the number of bytes
-    before any allocation.
+    Before any allocation, the number of bytes is compared with the shape and dtype in the header.
 
     Args:
         data: untrusted content of a file.
@@ -248,7 +248,7 @@ def read_npy(data: bytes, where: str = "read_npy") -> np.ndarray:
         shape, fortran, dtype = read(file, max_header_size=_MAX_HEADER_BYTES)
     except Exception as error:  # numpy's parser can raise any exception
         found = f"{error!s:.200}"
-        raise ValueError(f"{where}: expected the bytes of a .npy file, found {found}") from None
+        raise ValueError(f"{where}: not a .npy file of version 1.0 or 2.0: {found}") from None
     plain = all(type(size) is int and size >= 0 for size in shape)  # excludes bool
     require(plain, where, "shape", "sizes of at least 0", shape)
     require(dtype.kind in "fu", where, "dtype", "floating-point or unsigned integers", dtype)

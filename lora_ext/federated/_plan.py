@@ -24,7 +24,7 @@ class LayerPlan:
     """The layers that a client trains, and the rank of each.
 
     Attributes:
-        layers: zero-based indices in ascending order. You can pass them in any order.
+        layers: zero-based indices in ascending order; the argument may have any order.
         ranks: ``ranks[j]`` is the rank of ``layers[j]``. None if every layer has the rank of the
             global adapter.
 
@@ -90,8 +90,8 @@ class Allocator(Protocol):
     """Interface of an object that chooses the layers of each client."""
 
     def plan(self, round: int, client: Client, capability: int) -> LayerPlan:
-        """Return the plan of one client, with at most ``capability`` layers. It is not called for a
-        capability of 0."""
+        """Return the plan of one client, with at most ``capability`` layers. This method is not
+        called for clients with a capability of 0."""
         ...
 
 
@@ -116,7 +116,7 @@ class Pair(NamedTuple):
 
 
 def layer_pairs(where: str, state: Mapping[str, Tensor], pattern: str) -> list[Pair]:
-    """Return the pairs of factors in the layers of a state dict, sorted by layer and module.
+    """Return the factors' names for each module in a layer, sorted by layer and module.
 
     Args:
         where: prefix of error messages.

@@ -88,17 +88,17 @@ class Rules:
 
     @functools.cached_property
     def axes(self) -> dict[str, int]:
-        """Dimension of the rank by name of a factor: 0 for A, 1 for B."""
+        """Dimension of the rank in each factor, by the factor's name: 0 for A, 1 for B."""
         return {key: axis for p in self.pairs for axis, key in enumerate((p.a, p.b))}
 
     @functools.cached_property
     def layers(self) -> dict[str, int]:
-        """Layer index by name of a factor."""
+        """Index of each factor's layer, by the factor's name."""
         return {key: p.layer for p in self.pairs for key in (p.a, p.b)}
 
     def head(self, key: str, rank: int) -> Tensor:
-        """Return a global factor, cut to its first ``rank`` ranks, in float64. A tensor that is not
-        a factor is returned whole."""
+        """Return the first ``rank`` ranks of a global factor, in float64. A tensor that is not a
+        factor is returned whole."""
         value = self.state[key].detach().to("cpu", torch.float64)
         return value if key not in self.axes else value.narrow(self.axes[key], 0, rank)
 
@@ -114,7 +114,7 @@ class Reply:
     client: Client
     weight: float
     tensors: Mapping[str, Tensor]
-    factor: float  # factor of the update, at most 1
+    factor: float  # factor, at most 1, that limits the norm of the update
 
     def value(self, key: str, rules: Rules) -> Tensor:
         """Return the client's new value of a tensor, in float64 on the CPU."""
@@ -142,9 +142,9 @@ def need(holds: bool, name: str, expected: object, found: object) -> None:
 
 
 def once(updates: Iterable[Update]) -> tuple[list[Update], dict[Client, str]]:
-    """Return one reply of each client, sorted by client, and the reason of each rejection.
+    """Return one reply per client, sorted by client, and the reasons of rejections by client.
 
-    The replies of a client must be bitwise equal, and count once.
+    If a client sent several replies, the replies must be bitwise equal, and count once.
 
     Raises:
         TypeError: If an element of ``updates`` is not an :class:`Update`.
@@ -163,7 +163,7 @@ def once(updates: Iterable[Update]) -> tuple[list[Update], dict[Client, str]]:
         if all(_same(first, other) for other in others):
             replies.append(first)
         else:
-            expected = "one reply, or several equal ones"
+            expected = "one reply, or equal replies"
             reasons[client] = f"client {client}: reply: expected {expected}, found two that differ"
     return replies, reasons
 
@@ -192,7 +192,7 @@ def accept(updates: Iterable[Update], rules: Rules) -> tuple[list[Reply], dict[C
 
 def _checked(update: Update, rules: Rules) -> Reply:
     """Return a reply that can be averaged; raise :class:`Rejected` if it cannot."""
-    need(not update.failed, "reply", "a trained update", "one marked as failed")
+    need(not update.failed, "reply", "a trained update", "a failed update")
     plan: Any = update.plan
     need(isinstance(plan, LayerPlan), "plan", "a LayerPlan", type(plan).__name__)
     known = sorted(set(rules.layers.values()))
@@ -269,7 +269,7 @@ def _finite(tensors: dict[str, Tensor], rules: Rules) -> dict[str, Tensor]:
 
 
 def _clip_factor(tensors: dict[str, Tensor], rules: Rules) -> float:
-    """Return the factor, at most 1, that limits the norm of the whole update to
+    """Return the factor, at most 1, that limits the norm of all tensors together to
     ``max_update_norm``."""
     bound = rules.settings.max_update_norm
     if bound is None:

@@ -38,7 +38,7 @@ class CommLog:
 
     @property
     def rows(self) -> list[CommRow]:
-        """Rows of the log, one per round and client, in the order of the first record of each."""
+        """Rows of the log, one per round and client, in the order of their first records."""
         return list(self._rows.values())
 
     def record(
@@ -103,8 +103,8 @@ class CommLog:
         return {"rows": [list(row) for row in self.rows]}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Replace the rows by the output of :meth:`state_dict`. If an error is raised, the log does
-        not change.
+        """Replace the rows by those that :meth:`state_dict` returned. If an error is raised, the
+        log does not change.
 
         Raises:
             ValueError: If a row has a wrong number of entries, or a value is below 0.
@@ -148,7 +148,7 @@ class RoundLog:
 
         Args:
             round: number of the round.
-            plans: plans by client, for all clients that received one.
+            plans: plans by client, for all clients that received a plan.
             result: result of the aggregation.
             num_layers: number of layers of the model.
         """

@@ -30,8 +30,8 @@ def from_peft(model: Model) -> Model:
     Parameters, ``state_dict``, ``set_adapter``, ``merge_and_unload``, ``save_pretrained`` and
     ``adapter_names=`` work as before. In addition, ``adapter_names=`` works in training, with one
     name per sequence, and with gradient checkpointing; if a named adapter is frozen, a warning is
-    issued. A quantised base layer of bitsandbytes, torchao or quanto computes its output itself,
-    and lora_ext adds the update in one op.
+    issued. A quantised base layer of bitsandbytes, torchao or quanto still computes its own output,
+    to which lora_ext adds the update in one op.
 
     The linear layers of PEFT's X-LoRA and Arrow models, which mix several adapters per token, are
     run too.
@@ -49,7 +49,8 @@ def from_peft(model: Model) -> Model:
     Raises:
         TypeError: If ``model`` is not a module.
         ValueError: If ``model`` has no LoRA layer, or if adapters have no values, because they were
-            added to a base layer that accelerate had offloaded.
+            added to a base layer that accelerate had offloaded; or if an adapter, or the weight of
+            a plain base layer, is float8.
         ModuleNotFoundError: If peft is not installed.
 
     Source: LoRA (Hu et al. 2021); https://github.com/huggingface/peft for the layers.

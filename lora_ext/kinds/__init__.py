@@ -1,7 +1,7 @@
 """Adapter types of PEFT (kinds), one file each.
 
-A kind reads the tensors of an adapter's file as factors A ``(r, I)`` and B ``(O, r)`` of each
-module, and as scales of the outputs or inputs, if it has any. It uses neither modules nor files.
+A kind converts the tensors of an adapter's file to factors A ``(r, I)`` and B ``(O, r)`` of each
+module, and to scales of the module's outputs or inputs. It accesses neither modules nor files.
 """
 
 import importlib
@@ -10,7 +10,7 @@ import pkgutil
 from ._kind import After, Factors, Kind, Part, kind_of, refusal, register_kind, variants
 from ._magnitude import normed
 
-# Every other file of this folder registers its kinds when it is imported.
+# Importing any other file of this folder registers the kinds that the file defines.
 for _each in pkgutil.iter_modules(__path__):
     importlib.import_module(f"{__name__}.{_each.name}")
 

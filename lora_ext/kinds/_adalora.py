@@ -1,4 +1,4 @@
-"""AdaLoRA: LoRA with a value for each rank, of which training removes some.
+"""AdaLoRA: LoRA with a singular value for each rank; training removes unimportant ranks.
 
 Source: Zhang et al. 2023, "AdaLoRA: Adaptive Budget Allocation for Parameter-Efficient
 Fine-Tuning".
@@ -20,7 +20,7 @@ _TRAINED = "target_r init_r total_step tinit tfinal deltaT beta1 beta2 orth_reg_
 
 
 class Adalora(Kind):
-    """AdaLoRA. ``rank_pattern`` has a list of booleans, one per initial rank, for each module."""
+    """AdaLoRA. ``rank_pattern`` maps a module to a list of bools: which initial ranks are kept."""
 
     name, title = "ADALORA", "AdaLoRA"
     reads = frozenset({"r", "rank_pattern"})
@@ -36,7 +36,7 @@ class Adalora(Kind):
     counts, numbers = ("init_r",), ("lora_alpha",)
 
     def parts(self, config: Config, spec: Any) -> Mapping[str, Part]:
-        """Return A, B and the values. The rank is the number of ranks that training has kept."""
+        """Return the shapes of A, B and the singular values, with only the ranks that are kept."""
         r, table = config.get("init_r"), config.get("rank_pattern") or {}
         pairs: Any = table.items() if isinstance(table, Mapping) else [(table, None)]
         fits = all(isinstance(n, str) and isinstance(k, list | tuple | Tensor) for n, k in pairs)
@@ -49,7 +49,10 @@ class Adalora(Kind):
         return {"lora_A": a, "lora_B": b, "lora_E": Part((r, 1))}
 
     def factors(self, parts: Tensors, config: Config, spec: Any, weight: Any = None) -> Factors:
-        """Return A with its rows multiplied by the values, and B; removed ranks change no scale."""
+        """Return A times the singular values, B, and the scaling ``alpha / (init_r + 1e-5)``.
+
+        As in PEFT, the rank replaces an alpha that is not above 0.
+        """
         a, b, values = (parts[f"lora_{each}"] for each in "ABE")
         alpha = config.get("lora_alpha")
         scaling = (alpha if alpha > 0 else float(len(a))) / (config.get("init_r") + 1e-5)

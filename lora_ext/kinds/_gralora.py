@@ -21,7 +21,7 @@ class Gralora(Kind):
     counts, numbers = ("r", "gralora_k"), ("alpha", "hybrid_r")
 
     def parts(self, config: Config, spec: Any) -> dict[str, Part]:
-        """Return the factors of the blocks, and those of the additional LoRA if there is one."""
+        """Return the shapes of the blocks' factors, and of the additional LoRA's factors if any."""
         r, k, more = config.get("r"), config.get("gralora_k"), config.get("hybrid_r")
         found = {
             "gralora_A": Part((k, spec.in_features // k, r)),
@@ -33,7 +33,10 @@ class Gralora(Kind):
         return found
 
     def factors(self, parts: Tensors, config: Config, spec: Any, weight: Any = None) -> Factors:
-        """Return factors with the ranks (i, j, s): column i and row j of blocks, s of r / k."""
+        """Return the factors, whose ranks are ordered by (i, j, s).
+
+        ``s < r / k`` is the rank inside the block in row j and column i.
+        """
         a, b = parts["gralora_A"], parts["gralora_B"]  # (k, I / k, r), (k, r, O / k)
         k, _, r = a.shape
         one = torch.eye(k, dtype=a.dtype, device=a.device)

@@ -16,7 +16,7 @@ from lora_ext._checks import WrongKind, instance, require
 
 
 class Part(NamedTuple):
-    """A tensor of a module in an adapter's file."""
+    """Expected shape and dtype of a tensor that an adapter's file contains for a module."""
 
     shape: tuple[int | None, ...]  # None for a size that is not checked
     dtype: torch.dtype | None = None  # None for float16, bfloat16, float32 and float64
@@ -31,7 +31,7 @@ class After(NamedTuple):
 
 
 class Factors(NamedTuple):
-    """The factors of one module. They add ``scaling * (b @ a @ x + bias)`` to the output for x.
+    """Factors of one module. They add ``scaling * (b @ a @ x + bias)`` to the output for x.
 
     For a convolution, the factors are kernels: ``a`` has the shape ``(r, I, *k)`` with the kernel
     size k, and ``b`` has the shape ``(O, r / groups, 1, ...)``. The scale of ``after`` has the
@@ -63,38 +63,38 @@ class Factors(NamedTuple):
         return self.after is None and self.before is None
 
 
-#: Mapping of PEFT's fields, with the values of one module.
+#: Mapping from PEFT's configuration fields to their values for one module.
 Config: TypeAlias = Any
-#: Tensors of a module, and shared ones, by stem.
+#: Tensors of a module, and tensors that all modules share, by stem.
 Tensors = Mapping[str, Tensor]
 
 
 class Kind:
-    """An adapter type. It is stateless: a subclass overrides attributes and methods.
+    """An adapter type. Subclasses override attributes and methods; instances have no state.
 
     A stem is the name of a tensor in a file without the module's name, such as ``lora_A.weight``.
 
     Attributes:
         name: PEFT's ``peft_type``.
         title: name in error messages; default is ``name``.
-        rescales: what rescales outputs or inputs, for error messages.
-        when: name of a configuration field. If it is set, the field selects this kind among those
-            with the same name, if its value is true.
+        rescales: noun in error messages for the tensor that rescales outputs or inputs.
+        when: configuration field that selects this kind among the kinds with the same name if the
+            field's value is true; empty for the kind that is used otherwise.
         shared: stems of tensors that all modules share. PEFT stores them as ``base_model.<stem>``,
             or ``base_model.<stem>.<key>`` for a dict of tensors.
         reads: configuration fields that change what the adapter computes, except those in
             ``counts``, ``numbers``, ``patterns`` and ``saves``.
-        ignores: fields that only matter in training.
+        ignores: fields that have an effect only in training.
         refuses: fields that are not supported unless their value is false, with the reasons. A key
             ``field=value`` stands for one value of a field.
-        saves: fields that must not be false, since the file would only have the seed of its random
-            tensors.
-        patterns: fields with values for single modules, and the field that each of them replaces;
-            the configuration that a method receives has the values of the module.
+        saves: fields that must be true. If they are false, the file contains the seed of its random
+            tensors instead of the tensors.
+        patterns: mapping from a field with values for single modules to the field that it
+            overrides. The configuration that a method receives has the values of the module.
         counts: fields that must be positive integers.
         numbers: fields that must be finite numbers.
         needs_weight: whether :meth:`after` reads the base weight.
-        vector: stem of the part ``(O,)`` that :meth:`after` then reads.
+        vector: if ``needs_weight``, stem of the tensor ``(O,)`` that :meth:`after` reads.
     """
 
     name = ""
@@ -116,36 +116,42 @@ class Kind:
         cls.title = cls.__dict__.get("title", cls.name)
 
     def parts(self, config: Config, spec: Any) -> Mapping[str, Part]:
-        """Return the tensors of a module by stem; those in :attr:`shared` may be omitted."""
+        """Return the expected shape and dtype of a module's tensors by stem.
+
+        Stems in :attr:`shared` may be omitted.
+        """
         raise NotImplementedError
 
     def stems(self, embedding: bool) -> dict[str, str]:
-        """Return the stem of each field of :class:`Factors` that is a tensor of a file."""
+        """Return the stem of each field of :class:`Factors` that a file stores as one tensor."""
         return {}
 
     def factors(self, parts: Tensors, config: Config, spec: Any, weight: Any = None) -> Factors:
-        """Compute the factors of a module. The result is differentiable in the parts.
+        """Return the factors of a module, differentiable in ``parts``.
 
         Args:
             parts: tensors of the module and shared tensors, by stem.
             config: configuration of the adapter.
-            spec: the module: ``name``, ``in_features``, ``out_features``, ``dtype``, and ``order``,
-                the names of all modules that the adapter changes, in the order of the model.
-            weight: base weight ``(O, I)`` if it is known.
+            spec: object with the module's ``name``, ``in_features``, ``out_features`` and
+                ``dtype``, and with ``order``: names of all adapted modules in the model's order.
+            weight: base weight ``(O, I)``, or None if it is not known.
         """
         raise NotImplementedError
 
     def update(self, x: Tensor, parts: Tensors, config: Config) -> Tensor | None:
-        """Return the update of the output for ``x`` ``(..., I)`` as training computes it, or None
-        to use the factors: a kind of few parameters can skip the gradients of A and B."""
+        """Return what the adapter adds to the output for ``x`` ``(..., I)`` in training.
+
+        None means that the caller uses the factors. An override can avoid the gradients of large
+        factors.
+        """
         return None
 
     def after(self, parts: Tensors, factors: Factors, weight: Any) -> After | None:
-        """Return the scales of the outputs, or None."""
+        """Return the scales of the outputs, or None if the module has none."""
         return None
 
     def before(self, parts: Tensors) -> Tensor | None:
-        """Return the scales of the inputs ``(I,)``, or None."""
+        """Return the scales of the inputs ``(I,)``, or None if the module has none."""
         return None
 
     @property
@@ -159,7 +165,7 @@ class Kind:
         return self.reads.union(self.counts, self.numbers, self.patterns, self.saves)
 
     def refused(self, config: Config) -> dict[str, str]:
-        """Return the fields in :attr:`refuses` that a configuration sets, with the reasons."""
+        """Return the unsupported fields that a configuration sets, with the reasons."""
         found: dict[str, str] = {}
         for name, reason in self.refuses.items():
             field, _, value = name.partition("=")
@@ -168,7 +174,7 @@ class Kind:
         return found
 
     def read(self, parts: Tensors, config: Config, spec: Any) -> Factors:
-        """Return the factors of a module with the scales of its outputs and inputs."""
+        """Return the factors of a module, including the scales of its outputs and inputs."""
         factors = self.factors(parts, config, spec)
         if self.sums:
             return factors
@@ -195,7 +201,7 @@ def kind_of(name: str, config: Config | None = None) -> Kind:
 
     Args:
         name: PEFT's ``peft_type``, such as "VERA".
-        config: configuration of the adapter, whose fields may select a kind of the same name.
+        config: configuration of the adapter, for names that several kinds have (:attr:`Kind.when`).
 
     Raises:
         TypeError: If ``name`` is not a str.
@@ -212,7 +218,7 @@ def kind_of(name: str, config: Config | None = None) -> Kind:
 
 
 def variants(name: str) -> list[Kind]:
-    """Return the kinds of a name that a configuration field selects."""
+    """Return the kinds with this name that a configuration field selects (:attr:`Kind.when`)."""
     return [kind for (each, when), kind in _kinds.items() if each == name and when]
 
 
@@ -220,7 +226,7 @@ def variants(name: str) -> list[Kind]:
 # Types of PEFT that cannot be read as factors, with the reasons.
 
 _FULL = "its update has no low rank"
-_ROTATES = "it rotates the base weight, which needs the weight"
+_ROTATES = "it rotates the base weight, so it must read that weight"
 _CONVERTS = "; PEFT's save_as_lora writes an approximation as LORA"
 
 _REFUSED = {
@@ -236,7 +242,7 @@ _REFUSED = {
     "HRA": _ROTATES,
     "ROAD": "it rotates the outputs",
     "LILY": "its update depends on the mean over the batch",
-    "POLY": "it mixes A and B apart, with a weight for each task",
+    "POLY": "it mixes several A and several B separately, with weights per task",
     "PSOFT": f"it needs the base weight{_CONVERTS}",
 }
 

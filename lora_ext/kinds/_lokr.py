@@ -22,14 +22,14 @@ class Lokr(Loha):
     ignores = Loha.ignores | {"rank_dropout_scale"}
 
     def parts(self, config: Config, spec: Any) -> dict[str, Part]:
-        """Return each matrix, as a whole or as two factors."""
+        """Return the shapes of w1 and w2, each as a full matrix and as two optional factors."""
         r, free = config.get("r"), Part((None, None), optional=True)
         left, right = Part((None, r), optional=True), Part((r, None), optional=True)
         first = {"lokr_w1": free, "lokr_w1_a": left, "lokr_w1_b": right}
         return first | {"lokr_w2": free, "lokr_w2_a": left, "lokr_w2_b": right}
 
     def factors(self, parts: Tensors, config: Config, spec: Any, weight: Any = None) -> Factors:
-        """Return ``kron(w1, w2) = kron(w1, w2_a) kron(1, w2_b)``, or the other way round."""
+        """Return A = kron(I, w2_b) and B = kron(w1, w2_a); if w1 is wide, exchange I and w1."""
         if "lokr_w2" in parts:
             raise NotImplementedError(
                 f"{spec.name}.lokr_w2: expected lokr_w2_a and lokr_w2_b, found a full matrix, "

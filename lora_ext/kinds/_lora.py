@@ -14,7 +14,7 @@ from ._kind import Config, Factors, Kind, Part, Tensors, register_kind
 
 
 class Lora(Kind):
-    """LoRA. Factors of an embedding are bare parameters in PEFT."""
+    """LoRA. In PEFT the factors of an embedding are parameters, not modules with a weight."""
 
     name, title = "LORA", "LoRA"
     reads = frozenset({"r", "lora_alpha", "use_rslora", "lora_bias"})
@@ -35,7 +35,7 @@ class Lora(Kind):
     patterns: Mapping[str, str] = {"rank_pattern": "r", "alpha_pattern": "lora_alpha"}
 
     def parts(self, config: Config, spec: Any) -> Mapping[str, Part]:
-        """Return A, B, and the bias of B if there is one."""
+        """Return the shapes of A, of B, and of the bias of B if there is one."""
         rank, ones = config.get("r") * spec.experts, (1,) * len(spec.kernel)
         stems = self.stems(spec.embedding)
         found = {
@@ -52,7 +52,7 @@ class Lora(Kind):
         return {"a": f"lora_{names[0]}", "b": f"lora_{names[1]}", "bias": "lora_B.bias"}
 
     def factors(self, parts: Tensors, config: Config, spec: Any, weight: Any = None) -> Factors:
-        """Return the tensors of the file, and alpha / r or alpha / sqrt(r)."""
+        """Return A, B and the bias as stored; the scaling is alpha / r, or alpha / sqrt(r)."""
         root = math.sqrt if config.get("use_rslora") else float
         scaling = config.get("lora_alpha") / root(config.get("r"))
         a, b, bias = Lora.stems(self, spec.embedding).values()

@@ -1,4 +1,4 @@
-"""DoRA: each row of ``W + s B A`` is rescaled to a norm, the magnitude, that is trained.
+"""DoRA: each row of ``W + s B A`` is rescaled to a trained norm, its magnitude.
 
 ``y = (m / norm) * ((W + s B A) x) + bias`` with ``norm = || W + s B A ||`` per row of the matrix.
 
@@ -27,13 +27,13 @@ class Dora(Lora):
     vector = "lora_magnitude_vector"
 
     def parts(self, config: Config, spec: Any) -> dict[str, Part]:
-        """Return A, B and the magnitude."""
+        """Return the shapes of A, B and the magnitude."""
         ones = (1,) * len(spec.kernel)
         shape = (1, spec.out_features, *ones) if ones else (spec.out_features,)
         return {**super().parts(config, spec), self.vector: Part(shape)}
 
     def stems(self, embedding: bool) -> dict[str, str]:
-        """Return the stems of LoRA and of the magnitude."""
+        """Return the stems of LoRA's tensors and of the magnitude."""
         return super().stems(embedding) | {"after": self.vector}
 
     def after(self, parts: Tensors, factors: Factors, weight: Any) -> After | None:
@@ -44,9 +44,9 @@ class Dora(Lora):
 def normed(
     magnitude: Tensor, weight: Tensor, a: Tensor, b: Tensor, scaling: Any, norm: Any = None
 ) -> Tensor:
-    """Return the scales of the outputs, in the dtype of the magnitude.
+    """Return ``magnitude / norm``, the scales of the outputs, in the dtype of the magnitude.
 
-    The norm of ``weight + scaling * b @ a`` is computed unless it is given.
+    If ``norm`` is None, it is computed: the norm of each row of ``weight + scaling * b @ a``.
     """
     norm = ops.lora_dora_norm(weight, a, b, scaling) if norm is None else norm
     return magnitude / norm.to(magnitude.dtype)

@@ -1,4 +1,4 @@
-"""MiSS: one row of B for each residue of the input's index; formerly Bone.
+"""MiSS (formerly Bone): inputs whose indices are equal modulo r share one column of B.
 
 Source: Kang and Yin 2025, "MiSS: Revisiting the Trade-off in LoRA with an Efficient Shard-Sharing
 Structure".
@@ -27,13 +27,13 @@ class Miss(Kind):
     counts = ("r",)
 
     def parts(self, config: Config, spec: Any) -> Mapping[str, Part]:
-        """Return the block; with "mini", its columns are repeated."""
+        """Return the shape of the block: ``(r, O)``; "mini" has fewer columns, to be repeated."""
         mini = config.get("init_weights") == "mini"
         columns = config.get("mini_r") if mini else spec.out_features
         return {"miss_block": Part((config.get("r"), columns))}
 
     def factors(self, parts: Tensors, config: Config, spec: Any, weight: Any = None) -> Factors:
-        """Return a matrix of zeros and ones, and the transposed block."""
+        """Return A, a matrix of zeros and ones, and B, the transposed block."""
         block, inputs = parts["miss_block"], operator.index(spec.in_features)
         if config.get("init_weights") == "mini":
             block = block.repeat(1, operator.index(spec.out_features) // block.shape[1])

@@ -1,4 +1,4 @@
-"""TinyLoRA: a few values for each group of modules, between fixed factors.
+"""TinyLoRA: fixed factors A and B, with a few trained values per group of modules between them.
 
 Source: Morris et al. 2026, "Learning to Reason in 13 Parameters".
 """
@@ -11,7 +11,7 @@ from ._kind import Config, Factors, Kind, Part, Tensors, register_kind
 
 
 class Tinylora(Kind):
-    """TinyLoRA, read from a file that contains the projections."""
+    """TinyLoRA, read from a file that contains the fixed factors."""
 
     name, title = "TINYLORA", "TinyLoRA"
     shared = ("tinylora_v",)
@@ -20,7 +20,7 @@ class Tinylora(Kind):
     counts, numbers = ("r", "u"), ("weight_tying",)
 
     def parts(self, config: Config, spec: Any) -> dict[str, Part]:
-        """Return the fixed factors and matrices; the values have the names of their groups."""
+        """Return the shapes of the fixed A, B and P. The trained values are shared by modules."""
         r, u = config.get("r"), config.get("u")
         a, b = Part((r, spec.in_features)), Part((spec.out_features, r))
         return {"tinylora_A": a, "tinylora_B": b, "tinylora_P": Part((u, r, r))}

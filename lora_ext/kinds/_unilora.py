@@ -1,4 +1,4 @@
-"""Uni-LoRA: all factors are entries of one vector, with fixed indices and scales.
+"""Uni-LoRA: the values of all factors are read from one vector, at fixed indices, and scaled.
 
 Source: Li et al. 2025, "Uni-LoRA: One Vector is All You Need".
 """
@@ -13,7 +13,7 @@ from ._kind import Config, Factors, Kind, Part, Tensors, register_kind
 
 
 class Unilora(Kind):
-    """Uni-LoRA, of a file that was saved with its indices."""
+    """Uni-LoRA, read from a file that contains the indices."""
 
     name, title = "UNILORA", "Uni-LoRA"
     shared = ("unilora_theta_d",)
@@ -22,7 +22,7 @@ class Unilora(Kind):
     counts = ("r", "theta_d_length")
 
     def parts(self, config: Config, spec: Any) -> dict[str, Part]:
-        """Return indices and scales of A and B, and the vector."""
+        """Return the shapes of the indices and scales for A and B, and of the shared vector."""
         r, found = config.get("r"), {"unilora_theta_d": Part((config.get("theta_d_length"),))}
         for side, shape in (("A", (r, spec.in_features)), ("B", (spec.out_features, r))):
             found[f"unilora_indices_{side}"] = Part(shape, torch.int64)
@@ -30,7 +30,7 @@ class Unilora(Kind):
         return found
 
     def factors(self, parts: Tensors, config: Config, spec: Any, weight: Any = None) -> Factors:
-        """Return the scaled entries of the vector."""
+        """Gather the values of A and B from the vector, and return the scaled factors."""
         vector = parts["unilora_theta_d"]
         a, b = (
             vector[parts[f"unilora_indices_{side}"].long()] * parts[f"unilora_scales_{side}"]

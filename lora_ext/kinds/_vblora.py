@@ -1,4 +1,4 @@
-"""VB-LoRA: factors made of vectors of a bank that all modules share.
+"""VB-LoRA: factors composed of vectors from one bank that all modules share.
 
 Source: Li et al. 2024, "VB-LoRA: Extreme Parameter Efficient Fine-Tuning with Vector Banks".
 """
@@ -14,7 +14,7 @@ from ._kind import Config, Factors, Kind, Part, Tensors, register_kind
 
 
 class Vblora(Kind):
-    """VB-LoRA. A file has the logits, or the largest weights and their indices."""
+    """VB-LoRA. A file has the logits of all vectors, or the top-k weights and their indices."""
 
     name, title = "VBLORA", "VB-LoRA"
     shared = ("vblora_vector_bank",)
@@ -23,7 +23,7 @@ class Vblora(Kind):
     counts = ("r", "topk", "num_vectors", "vector_length")
 
     def parts(self, config: Config, spec: Any) -> dict[str, Part]:
-        """Return the choices of vectors for A and B, and the bank."""
+        """Return the shapes of the logits, or weights and indices, for A and B, and of the bank."""
         r, k, n, length = (config.get(name) for name in self.counts)
         found = {"vblora_vector_bank": Part((n, length))}
         for side, shape in (
@@ -39,7 +39,7 @@ class Vblora(Kind):
         return found
 
     def factors(self, parts: Tensors, config: Config, spec: Any, weight: Any = None) -> Factors:
-        """Return the mixed vectors, one after the other."""
+        """Return A and B, each concatenated from weighted sums of ``topk`` vectors."""
         a, b = (_mixed(parts, f"vblora_logits_{side}", config.get("topk")) for side in "AB")
         return Factors(a.flatten(1), b.transpose(1, 2).flatten(0, 1), 1.0)
 

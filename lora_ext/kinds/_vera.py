@@ -1,4 +1,4 @@
-"""VeRA: scales of random projections that all modules share. PVeRA samples between the projections.
+"""VeRA and PVeRA: random projections that all modules share, with trained scales per module.
 
 Source: Kopiczko et al. 2024, "VeRA: Vector-based Random Matrix Adaptation"; PVeRA: PEFT.
 """
@@ -25,7 +25,7 @@ class Vera(Kind):
     draws = 1  # number of values of lambda_d, and of rows of A, for each rank
 
     def parts(self, config: Config, spec: Any) -> Mapping[str, Part]:
-        """Return the scales of the module, and the two projections."""
+        """Return the shapes of the module's scales, and of the two shared projections."""
         r, stem = config.get("r"), self.name.lower()
         return {
             f"{stem}_lambda_d": Part((self.draws * r,)),
@@ -35,16 +35,16 @@ class Vera(Kind):
         }
 
     def factors(self, parts: Tensors, config: Config, spec: Any, weight: Any = None) -> Factors:
-        """Return the projections of the module's size, with their rows scaled."""
+        """Return the projections, cut to the module's size, with scaled rows."""
         r, stem = config.get("r"), self.name.lower()
         d, b, first, last = (parts[f"{stem}_{each}"] for each in ("lambda_d", "lambda_b", "A", "B"))
         a = d[:r, None] * first[:r, : spec.in_features]
         return Factors(a, b[:, None] * last[: spec.out_features], 1.0)
 
     def update(self, x: Tensor, parts: Tensors, config: Config) -> Tensor:
-        """Return the update of ``x``; the scales multiply activations, not the projections.
+        """Return the update for ``x``; activations are scaled instead of the projections.
 
-        The backward then needs no gradient of the projections.
+        The backward pass then computes no gradients of the projections.
         """
         r, stem = config.get("r"), self.name.lower()
         d, b, first, last = (parts[f"{stem}_{each}"] for each in ("lambda_d", "lambda_b", "A", "B"))
@@ -53,7 +53,7 @@ class Vera(Kind):
 
 
 class Pvera(Vera):
-    """PVeRA. The first projection gives the mean; only training samples around it."""
+    """VeRA with activations that are sampled in training. Only their mean is computed here."""
 
     name, title = "PVERA", "PVeRA"
     shared = ("pvera_A", "pvera_B")

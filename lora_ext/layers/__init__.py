@@ -1,7 +1,7 @@
 """Trainable LoRA adapters for linear layers, convolutions, embeddings and experts.
 
-:mod:`.base` contains the code for base layers, :mod:`.model` the operations on a whole model. Names
-that are not in ``__all__`` are private to ``lora_ext``; its other subpackages import them.
+:mod:`.base` contains the code for base layers, and :mod:`.model` the operations on a whole model.
+Names that are not in ``__all__`` are for other subpackages of ``lora_ext``.
 """
 
 from typing import TYPE_CHECKING
@@ -20,7 +20,7 @@ from ._experts import (
 )
 from ._init import FREE, init_lora_, known_scheme
 from ._lora_forward import LoraFactors, dropout_now, lora_forward, lora_update
-from ._lora_layer import LoraLayer
+from ._lora_layer import LoraLayer, refuse_float8
 from ._magnitude import scaled_forward
 from .base._dense import DenseParameters, dense_parameters, is_plain, is_quantised, readable_weight
 from .base._modules import READS_WEIGHTS, bypassed, head_names, linear_size, linear_sizes
@@ -34,6 +34,7 @@ from .base._packed_linear import (
     unpack,
     unpack_linears,
 )
+from .base._packed_only import MAX_CUDA_ROWS, limits_rows
 from .base._packing_choice import pack_if_faster
 from .base._spacing import base_product, has_other_hooks, space_products, unspace_products
 from .labels import IGNORE, shift_labels

@@ -36,18 +36,18 @@ _FLAGS = ("num_experts", "has_gate", "has_bias", "is_transposed", "has_post_expe
 
 
 class Routing(NamedTuple):
-    """Pairs of token and expert in a batch, in the order in which products compute them."""
+    """Pairs of a token and an expert in a batch, in the order of the rows of the products."""
 
-    order: Tensor  # (P,) int64, indices p of the pairs in this order; pair p has token p // k
+    order: Tensor  # (P,) int64, indices p of the pairs in this order; pair p has the token p // k
     token: Tensor  # (P,) int64, token of each pair
     expert: Tensor  # (P,) int64, expert of each pair
     ends: Tensor | None  # (E,) int32, end of each expert's pairs; None if not sorted by expert
     autocast: bool  # False for transformers' grouped product, which ignores autocast
 
 
-#: Function that adds the updates of adapters to one product and returns the sum. Arguments: the
-#: name of the parameter; the product ``(P, O)``, which may be changed in place; the input of the
-#: product ``(P, I)``; and the routing.
+#: Function that adds the updates of adapters to one product and returns the sum. Its arguments are
+#: the name of the parameter; the product ``(P, O)``, which it may change in place; the input
+#: ``(P, I)`` of the product; and the routing.
 Update = Callable[[str, Tensor, Tensor, Routing], Tensor]
 
 
@@ -78,15 +78,15 @@ def obstacle_of(experts: nn.Module) -> str | None:
 
 
 def up_name(experts: Any) -> str:
-    """Return the name of the parameter of the first product."""
+    """Return the name of the weight in the first matrix product of an experts module."""
     return "gate_up_proj" if experts.has_gate else "up_proj"
 
 
 def route(top_k_index: Tensor, num_experts: int, how: str | None = None) -> Routing:
     """Return the pairs of token and expert in the order of transformers' implementation ``how``.
 
-    The bits of a product depend on this order. The pairs are computed on the device of
-    ``top_k_index``, without a synchronisation.
+    The order affects the rounding of the results. The pairs are computed on the device of
+    ``top_k_index``, and the host does not wait for them.
 
     Args:
         top_k_index: experts of each token, ``(T, k)``.
@@ -117,7 +117,7 @@ def route(top_k_index: Tensor, num_experts: int, how: str | None = None) -> Rout
 def experts_forward(
     experts: nn.Module, x: Tensor, top_k_index: Tensor, top_k_weights: Tensor, update: Update
 ) -> Tensor:
-    """Compute the forward of an experts module of transformers with adapters on its matrices.
+    """Return the output ``(T, H)`` of transformers' experts with adapters on their matrices.
 
     ``y[t] = sum over j of top_k_weights[t, j] * down_e(gate(up_e(x[t])))`` with
     ``e = top_k_index[t, j]``. ``update`` adds the updates of adapters to the results of ``up_e``
@@ -158,7 +158,7 @@ def experts_forward(
 
 
 def routed_linear(x: Tensor, experts: Any, name: str, routing: Routing) -> Tensor:
-    """Return ``weight[e] @ x[p] + bias[e]`` for every pair p of an expert e, as in ``routing``."""
+    """Return ``weight[e] @ x[p] + bias[e]`` for every pair p, where e is the expert of the pair."""
     weight: Tensor = getattr(experts, name)
     x = x.to(weight.dtype)
     if routing.ends is not None:
@@ -174,7 +174,7 @@ def routed_linear(x: Tensor, experts: Any, name: str, routing: Routing) -> Tenso
 
 
 class Slots(NamedTuple):
-    """Slots of all pairs: the positions of their factors in the bank of stacked factors.
+    """Slot of each pair of token and expert: the index of its factors among the stacked factors.
 
     Adapter ``s`` for expert ``e`` is slot ``s * E + e``.
     """
@@ -184,10 +184,10 @@ class Slots(NamedTuple):
 
 
 def slots_of(routing: Routing, rows: Tensor | None, num_adapters: int, num_experts: int) -> Slots:
-    """Compute the slots of all pairs on the device.
+    """Return the slot of each pair of token and expert, computed on the device.
 
-    ``rows (T,)`` int32 contains the adapter of each token in ``[-1, num_adapters)``, -1 for no
-    adapter. If it is None, all tokens use the first adapter.
+    ``rows (T,)`` int32 contains the adapter of each token in ``[-1, num_adapters)``, or -1 for no
+    adapter. If ``rows`` is None, all tokens use the first adapter.
     """
     if rows is None:
         ids = routing.expert.int()
@@ -232,7 +232,7 @@ def experts_update(
 def _bank(
     adapters: Sequence[LoraFactors], ranks: Sequence[int], num_experts: int
 ) -> tuple[Tensor, Tensor]:
-    """Stack the factors as ``(A * E, R, I)`` and ``(A * E, O, R)``, padded with zeros to rank R."""
+    """Return the stacked factors ``(A * E, R, I)`` and ``(A * E, O, R)``, zero-padded to rank R."""
     pairs = list(zip(adapters, ranks, strict=True))
     a = [f.a.reshape(num_experts, r, -1) for f, r in pairs]
     b = [f.b.reshape(-1, r, num_experts).permute(2, 0, 1) for f, r in pairs]

@@ -59,7 +59,7 @@ def init_lora_(
             flattened into n.
         B: factor ``(m, r)`` in one of these dtypes; further dimensions are flattened into r.
         scheme: name of a scheme in the table, or a bool.
-        fan_in: value of n in the distributions; default is the n of the shape of ``A``.
+        fan_in: value of n in the distributions; default is n from the shape of ``A``.
         generator: random generator. The default is torch's default generator for the device of
             ``A``.
 
@@ -68,7 +68,7 @@ def init_lora_(
             differ in r or have fewer than two dimensions; or if r is odd and the scheme is
             "orthogonal".
         NotImplementedError: If the scheme is implemented only in PEFT.
-        TypeError: If the dtype of a factor is not one of those above.
+        TypeError: If a factor has the wrong dtype.
         RuntimeError: If the factors are on the meta device.
 
     Sources: Hayou et al. 2024, "The Impact of Initialization on LoRA Finetuning Dynamics";
@@ -112,7 +112,7 @@ def known_scheme(scheme: bool | str, where: str = "init_lora_weights") -> str:
     """Return the canonical name of a scheme: "init_a" for True, "init_ab" for False.
 
     Raises:
-        ValueError: If the scheme is unknown; the message lists the known schemes.
+        ValueError: If the scheme is unknown. The message lists the known schemes.
         NotImplementedError: If the scheme is implemented only in PEFT.
         TypeError: If the scheme is neither a bool nor a str.
     """

@@ -1,6 +1,6 @@
 """Forward of a linear layer with LoRA adapters, as a function of tensors instead of a module.
 
-:class:`lora_ext.nn.LoraLinear` and the PEFT layers of :func:`lora_ext.from_peft` both call it.
+:class:`lora_ext.nn.LoraLinear` and the PEFT layers of :func:`lora_ext.from_peft` call it.
 Shape letters: ``T`` rows, ``I`` input and ``O`` output features, ``r`` rank, ``A`` adapters.
 """
 
@@ -27,11 +27,11 @@ from .base._spacing import base_product
 # for ranks up to _SMALL_RANK, and one for larger ranks.
 _MOST_ROOM, _SMALL_RANK = 4, 256
 
-_PAGE = 8  # number of ranks that have one scale and one weight
+_PAGE = 8  # number of consecutive ranks that share one scale and one weight
 
 
 class LoraFactors(NamedTuple):
-    """Factors of one adapter in one layer, for ``scaling * (b @ a @ dropout(x) + bias)``."""
+    """Factors of an adapter in a layer; its update is ``scaling * (b @ a @ dropout(x) + bias)``."""
 
     a: Tensor  # (r, I)
     b: Tensor  # (O, r), dtype of a
@@ -39,8 +39,8 @@ class LoraFactors(NamedTuple):
     p: float = 0.0  # current dropout probability: 0 outside training
     bias: Tensor | None = None  # (O,): PEFT's lora_bias
     seed: Tensor | None = None  # dropout seed, one int64 on the device of x; None draws a new seed
-    # Only for `scaled_forward`: the magnitude (O,), or None, and the norm (O,) of the sum of base
-    # weight and update; None computes the norm.
+    # Only for `scaled_forward`: the magnitude (O,) of a DoRA adapter, and the norm (O,) of each row
+    # of base weight plus update. If `norm` is None, it is computed.
     magnitude: Tensor | None = None
     norm: Tensor | None = None
 
@@ -57,13 +57,13 @@ def lora_forward(
     adapter_ids: Tensor | Rows | None = None,
     weights: Tensor | None = None,
 ) -> Tensor:
-    """Compute ``base(x)`` plus the updates of the adapters.
+    """Return ``base(x)`` plus the updates of the adapters, ``(..., O)``.
 
     ``y[t] = base(x[t]) + sum of scaling * (b @ a @ dropout(x[t]) + bias)``. The sum is over all
     adapters; if ``adapter_ids`` is given, it is only over the adapter ``adapter_ids[t]``. Without
-    adapters the result is ``base(x)``. An adapter without rows is not computed, and its ``grad``
-    stays None. If torch.distributed has several processes, an adapter without rows gets zero
-    gradients if it requires gradients, because another process may have rows that use it.
+    adapters the result is ``base(x)``. The update of an adapter without rows is not computed, and
+    its ``grad`` stays None. If torch.distributed has several processes, a trained adapter without
+    rows gets zero gradients instead, because another process may have rows that use it.
 
     If ``base`` is a plain ``nn.Linear`` or transformers' ``Conv1D``, one fused op computes the
     product with its weight and the update. Any other base layer (quantised, wrapped, with hooks) is
@@ -73,9 +73,9 @@ def lora_forward(
 
     Each dropout draws its seed from torch's default generator for the device of ``x``. Therefore
     ``manual_seed`` determines the masks, and activation checkpointing reproduces them. Several
-    adapters on the same rows have independent masks. If an adapter has a given seed, the mask of a
-    row depends only on that seed and on the row's position among the adapter's rows, not on the
-    other rows of the batch.
+    adapters on the same rows have independent masks. If the factors of an adapter contain a seed,
+    the mask of a row depends only on this seed and on the row's position among the adapter's rows,
+    not on the other rows of the batch.
 
     Args:
         x: input ``(..., I)``; the product of its leading dimensions is the number of rows ``T``.
@@ -86,15 +86,15 @@ def lora_forward(
             or the result of :func:`rows_of` for such a tensor. None applies all adapters to all
             rows. :class:`Rows` may have ids and weights ``(T, K)``: K adapters per row, whose
             updates are multiplied by the weights.
-        weights: weight of each adapter in each row, ``(T, A)``, if ``adapter_ids`` is None; None
-            for 1.
+        weights: if ``adapter_ids`` is None, weight of each adapter in each row, ``(T, A)``; default
+            is 1.
 
     Returns:
         Tensor ``(..., O)`` in the dtype of ``base(x)``, differentiable in ``x``, in the factors, in
         the weights and in the parameters of ``base``.
 
     Raises:
-        ValueError: If a shape, dtype, device or id is invalid; the message names it.
+        ValueError: If a shape, dtype, device or id is invalid. The message names the argument.
 
     Source: LoRA (Hu et al. 2021), eq. 3; several adapters on one row: PEFT's ``set_adapter``.
     """
@@ -117,9 +117,10 @@ def lora_forward(
 
 
 def _one_adapter(x: Tensor, base: BaseLayer, dense: DenseParameters, f: LoraFactors) -> Tensor:
-    """Compute :func:`_forward` for one adapter with the dtype of ``base``, with fewer checks.
+    """Return what :func:`_forward` returns for one adapter in the dtype of ``base``.
 
-    In decoding, the Python code of the general function would take longer than the op.
+    This function has fewer checks: in decoding, the Python code of :func:`_forward` would take
+    longer than the op.
     """
     x2d = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])  # (T, I)
     a, b, scaling, p, _, own_seed, *_ = f
@@ -153,10 +154,10 @@ def lora_update(
     adapter_ids: Tensor | Rows | None = None,
     weights: Tensor | None = None,
 ) -> Tensor:
-    """Compute the update that :func:`lora_forward` adds to ``base(x)``.
+    """Return the update ``(..., O)`` that :func:`lora_forward` adds to ``base(x)``.
 
-    The result is ``(..., O)`` in the autocast dtype or, without autocast, in the dtype of the
-    adapters. The arguments are those of :func:`lora_forward`; at least one adapter is required.
+    The update has the autocast dtype or, without autocast, the dtype of the adapters. The arguments
+    are those of :func:`lora_forward`; at least one adapter is required.
     """
     found, rows = _participants(x, adapters, adapter_ids)
     if not found:
@@ -165,14 +166,17 @@ def lora_update(
 
 
 def fuses(x: Tensor, dense: DenseParameters | None, factors: LoraFactors) -> bool:
-    """Return whether the fused op applies: it needs a plain base layer and one common dtype."""
+    """Return whether one op can compute base layer and update together.
+
+    It requires a plain base layer, and either autocast or one dtype for input, base and adapter.
+    """
     if dense is None:
         return False
     return autocast_dtype(x) is not None or x.dtype == dense[0].dtype == factors.a.dtype
 
 
 def fused_forward(x: Tensor, dense: DenseParameters, factors: LoraFactors) -> Tensor:
-    """Compute :func:`lora_forward` for one adapter on all rows, if :func:`fuses` is True."""
+    """Return ``(..., O)``: base layer plus the update of one adapter, if :func:`fuses` is True."""
     return _forward(x, None, dense, [factors], None)
 
 
@@ -203,7 +207,7 @@ def _forward(
     rows: Rows | None,
     weights: Tensor | None = None,
 ) -> Tensor:
-    """Compute base layer and updates, or only the updates if ``base`` and ``dense`` are None.
+    """Return the base layer's output plus updates; only updates if ``base, dense`` are None.
 
     ``base`` is called if the op cannot compute the product with ``dense``.
     """
@@ -240,7 +244,7 @@ def _forward(
 
 
 class _Call(NamedTuple):
-    """Arguments of one call of the op: adapters, and the adapter of each row."""
+    """Arguments of one call of ``ops.lora_linear_apart``."""
 
     adapters: Sequence[LoraFactors]  # all with the same dropout probability
     ids: Tensor  # (T,), position of each row's adapter in adapters
@@ -289,7 +293,7 @@ def _run(
 def _add_columns(
     y: Tensor | None, x: Tensor, factors: Any, call: _Call, ranks: Tensor | None
 ) -> Tensor:
-    """Add a call with weights in float64, which the op would round to float32."""
+    """Return ``y`` plus a call's update in float64; the op would round the weights to float32."""
     a, b = factors
     assert call.weights is not None and call.plan is not None
     p, shape = call.adapters[0].p, (len(x), *(call.ids.shape[1:] or (1,)))  # x may be empty
@@ -306,7 +310,7 @@ def _add_columns(
 
 
 def draw_seed(device: torch.device) -> Tensor:
-    """Return a seed for one dropout, ``()`` int64, from torch's generator of the device."""
+    """Draw a seed for one dropout, ``()`` int64, from torch's default generator for the device."""
     return torch.randint(0, 2**63 - 1, (), dtype=torch.int64, device=device)
 
 
@@ -340,9 +344,9 @@ def _shared_rows(adapters: Sequence[LoraFactors], x: Tensor) -> list[_Call]:
 
 
 def _weighted_rows(adapters: Sequence[LoraFactors], x: Tensor, weights: Tensor) -> list[_Call]:
-    """Return the calls that apply all adapters to all rows, each with the weight of its row.
+    """Return the calls that apply all adapters to all rows, with a weight per adapter and row.
 
-    The factors are concatenated along the rank, and a page of eight ranks has one weight.
+    The factors are concatenated along the rank, padded so that eight ranks share one weight.
     """
     first = adapters[0]
     if first.a.dtype == torch.float64 or any(
@@ -368,8 +372,8 @@ def _own_rows(adapters: Sequence[LoraFactors], rows: Rows) -> list[_Call]:
     """Return the calls that apply to each row the adapter selected by ``rows``.
 
     Adapters share a call if they have the same dropout probability and fit into one bank. If rows
-    have several adapters, one with its own seed has its own call, so its masks do not change.
-    """
+    have several adapters, an adapter with its own seed has a separate call, so that its dropout
+    masks do not depend on the other adapters."""
     calls: list[_Call] = []
     all_ranks = [f.a.shape[0] for f in adapters]
     in_two = len(adapters) * max(all_ranks) > _MOST_ROOM * sum(all_ranks)
@@ -408,7 +412,7 @@ def _with_base_bias(calls: list[_Call], bias: Tensor | None) -> tuple[Tensor | N
 
 
 def _add_bias(y: Tensor, call: _Call) -> Tensor:
-    """Add ``scaling * bias`` of each adapter with a bias to the adapter's rows."""
+    """Return ``y`` with ``scaling * bias`` of each adapter added to the adapter's rows."""
     if all(b is None for b in call.biases):
         return y
     if call.everywhere:

@@ -10,14 +10,15 @@ import torch
 from torch import Tensor, nn
 
 from lora_ext import ops
-from lora_ext._checks import WrongKind, integer, number, require, require_flags
+from lora_ext._checks import FLOATS, WrongKind, choice, integer, number, require, require_flags
 from lora_ext.rows import LayerNames, Rows, layer_names
 
 from ._init import FREE, decompose, init_lora_, known_scheme
 from ._lora_forward import LoraFactors, dropout_now, lora_forward
 from ._magnitude import Magnitude, scaled_forward
 from ._participants import Participants
-from .base._dense import BaseLayer, DenseParameters
+from .base._dense import BaseLayer, DenseParameters, is_plain
+from .base._modules import CONV1D
 from .base._weight import BaseWeight
 
 #: Attributes of a layer that are dictionaries with the adapters' names as keys.
@@ -40,8 +41,8 @@ class LoraLayer(Participants):
     use_dora: dict[str, bool]
     #: Scheme of the initial values of each adapter, as passed by the caller.
     init_lora_weights: dict[str, bool | str]
-    #: Dropout seed of each adapter that has a fixed one: one int64 on the device of the layer's
-    #: input. For other adapters, each forward draws a seed.
+    #: Dropout seed of each adapter with a fixed seed: one int64 on the device of the layer's input.
+    #: For other adapters, each forward draws a seed.
     dropout_seed: dict[str, Tensor]
 
     #: True if the layer supports activated adapters (aLoRA).
@@ -52,6 +53,7 @@ class LoraLayer(Participants):
     ):
         super().__init__()
         self.base_layer = base_layer
+        refuse_float8(type(self).__name__, self)
         self.fan_in_fan_out = fan_in_fan_out
         self.in_features, self.out_features = self.base_weight.features
         for setting in _BY_ADAPTER:
@@ -84,7 +86,7 @@ class LoraLayer(Participants):
 
     @property
     def active_adapters(self) -> list[str]:
-        """Names of the adapters of rows that select no adapter; their updates are summed."""
+        """Names of the default adapters, whose updates are summed."""
         return list(self._active)
 
     @property
@@ -120,10 +122,10 @@ class LoraLayer(Participants):
             r: rank of the factors.
             lora_alpha: numerator of the scale: the update is multiplied by ``lora_alpha / r``.
             lora_dropout: probability of dropping an element of the adapter's input in training.
-            init_lora_weights: initialisation scheme: one of :func:`init_lora_`, or one that moves
-                part of the base weight into the adapter ("pissa", "pissa_niter_<K>", "olora"). Only
-                one adapter of a layer may move a part; :meth:`restore_base_weight` undoes the
-                change.
+            init_lora_weights: initialisation scheme: a scheme of :func:`init_lora_`, or one that
+                moves part of the base weight into the adapter ("pissa", "pissa_niter_<K>",
+                "olora"). Only one adapter of a layer may change the base weight;
+                :meth:`restore_base_weight` undoes this change.
             use_rslora: whether the scale is ``lora_alpha / sqrt(r)`` instead.
             use_dora: whether to train a magnitude per output feature as well (DoRA).
             lora_bias: whether B has a bias.
@@ -136,14 +138,15 @@ class LoraLayer(Participants):
                 sequence only from the last occurrence of these tokens on. Such a layer needs the
                 token ids of each batch: ``lora_ext.adapters(names, input_ids=...)``. None or an
                 empty sequence adds an ordinary adapter.
-            generator: CPU generator of the initial values. They are drawn on the CPU and then
+            generator: CPU generator for the initial values, which are drawn on the CPU and then
                 copied to the device of the base weight.
 
         Raises:
             ValueError: If the name is invalid or exists already; r, alpha or dropout is out of
                 range; the scheme is unknown; DoRA is combined with a bias or with invocation
-                tokens; DoRA or a decomposing scheme is used and the base weight cannot be read; or
-                the base weight has to be changed, but is computed from other parameters.
+                tokens; DoRA or a decomposing scheme is used and the base weight cannot be read;
+                the base weight must be changed, but is computed from other parameters; or
+                ``adapter_dtype`` is not float16, bfloat16, float32 or float64.
             NotImplementedError: If invocation tokens are given and the layer is not linear.
             TypeError: If r is not an int, or a flag is neither True nor False.
 
@@ -157,7 +160,7 @@ class LoraLayer(Participants):
         self._check_bias(lora_bias, use_dora)
         base, scheme = self.base_weight, self._check_scheme(init_lora_weights, preserve_base_output)
         device, dtype = base.place()
-        dtype = dtype if adapter_dtype is None else adapter_dtype
+        dtype = choice("add_adapter", "adapter_dtype", adapter_dtype or dtype, FLOATS)
         factors = _new_factors(base, r, scaling, scheme, generator)
         a, b = (factor.to(device, dtype) for factor in factors)
         bias = torch.zeros(self.out_features, device=device, dtype=dtype) if lora_bias else None
@@ -176,14 +179,8 @@ class LoraLayer(Participants):
         if changed is not None:
             self._before_init = (adapter_name, base.weight.detach().clone())
             base.write(base.as_stored(changed), None)
-        settings: dict[str, Any] = {
-            **flags,
-            "r": r,
-            "lora_alpha": lora_alpha,
-            "scaling": scaling,
-            "init_lora_weights": init_lora_weights,
-            "adapter_active": True,
-        }
+        settings: dict[str, Any] = {**flags, "r": r, "lora_alpha": lora_alpha, "scaling": scaling}
+        settings |= {"init_lora_weights": init_lora_weights, "adapter_active": True}
         if invocation:
             settings["alora_invocation_tokens"] = invocation
         for setting, value in settings.items():
@@ -197,7 +194,7 @@ class LoraLayer(Participants):
         self._freeze(adapter_name)
 
     def _freeze(self, adapter_name: str) -> None:
-        """Set the layer's training mode on the adapters' modules and freeze one adapter."""
+        """Set the layer's training mode on the modules of all adapters, and freeze one adapter."""
         for store in (self.lora_dropout, self.lora_magnitude_vector, *self._stores()):
             store.train(self.training)
         for parameter in self._parameters_of(adapter_name):
@@ -257,7 +254,7 @@ class LoraLayer(Participants):
         init_lora_weights: bool | str = True,
         generator: torch.Generator | None = None,
     ) -> None:
-        """Reset an adapter to new initial values, which are drawn on its device.
+        """Reset an adapter to new initial values, drawn on the adapter's device.
 
         Args:
             adapter_name: name of the adapter.
@@ -277,7 +274,7 @@ class LoraLayer(Participants):
         self.init_lora_weights[adapter_name] = init_lora_weights
 
     def restore_base_weight(self) -> None:
-        """Restore the base weight that an adapter's initialisation has changed, bit for bit.
+        """Restore, bit for bit, the base weight that an adapter's initialisation has changed.
 
         Such initialisations are "pissa", "olora" and ``preserve_base_output``. The parameters of
         the adapter do not change.
@@ -346,7 +343,7 @@ class LoraLayer(Participants):
         return name
 
     def extra_repr(self) -> str:
-        """Return the names and ranks of the adapters."""
+        """Return a string with the names and ranks of the adapters."""
         return ", ".join(f"{name}: r={r}" for name, r in self.r.items())
 
     # ---------------------------------------------------------------------------------------------
@@ -362,7 +359,7 @@ class LoraLayer(Participants):
     def _adapted(
         self, x: Tensor, base: BaseLayer, names: Sequence[str], rows: Rows | None
     ) -> Tensor:
-        """Compute ``base(x)`` plus the updates of the adapters ``names``; ``x`` is ``(..., I)``."""
+        """Return ``base(x)`` plus the updates of the adapters ``names``; ``x`` is ``(..., I)``."""
         factors = [self.factors(name) for name in names]
         for i, name in enumerate(names):
             if self.use_dora[name]:
@@ -393,8 +390,8 @@ def _new_factors(
 ) -> tuple[Tensor, Tensor]:
     """Return initial factors A and B in float32, on the CPU.
 
-    They are on the meta device if the base layer is. The same seed gives the same values as in
-    PEFT, which also draws them on the CPU.
+    If the base layer is on the meta device, the factors are, too. The same seed gives the same
+    values as in PEFT, which also draws them on the CPU.
     """
     memory = "meta" if base.place()[0].type == "meta" else "cpu"
     a, b = (torch.zeros(shape, device=memory) for shape in base.factor_shapes(r))
@@ -404,6 +401,19 @@ def _new_factors(
         parts = decompose(base.matrix(), r, scaling, scheme)
         a, b = parts[0].reshape(a.shape), parts[1].reshape(b.shape)
     return a, b
+
+
+def refuse_float8(where: str, layer: Any) -> None:
+    """Raise ValueError if an adapter of a layer, or the weight of a plain base layer, is float8.
+
+    Neither torch nor the ops can compute with such a parameter. A quantised base layer, or one with
+    hooks, may store it, since it converts the values in its forward.
+    """
+    base = layer.get_base_layer()
+    plain = type(base).__module__.startswith(("torch.nn.", CONV1D[1])) and is_plain(base)
+    for name, parameter in layer.named_parameters():
+        if parameter.is_floating_point() and (plain or not name.startswith("base_layer.")):
+            choice(where, name, parameter.dtype, FLOATS)
 
 
 def checked_invocation(where: str, name: str, value: Any) -> tuple[int, ...] | None:

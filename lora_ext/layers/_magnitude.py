@@ -1,9 +1,9 @@
 """DoRA: the direction of ``W + s B A``, with a separate trained magnitude per output feature.
 
 ``y = (m / norm) * ((W + s B A) x) + bias`` with ``norm = || W + s B A ||`` per row of the matrix.
-The backward treats the norm as a constant. The forward and the gradients are those of PEFT's layer.
+Gradients treat the norm as a constant. The forward and the gradients are those of PEFT's layer.
 Several adapters are applied in order, as in PEFT. A DoRA adapter without active dropout also scales
-the updates of the adapters before it; with dropout it scales its own update and the base product.
+the updates of the adapters before it. With dropout it scales only its update and the base product.
 
 Source: Liu et al. 2024, "DoRA: Weight-Decomposed Low-Rank Adaptation", eqs. 5 and 6, section 4.3.
 """
@@ -33,7 +33,7 @@ from .base._spacing import base_product
 
 
 class Magnitude(nn.Module):
-    """Module for the magnitude of an adapter: PEFT's ``lora_magnitude_vector.<name>.weight``."""
+    """Module with the magnitude of a DoRA adapter as its ``weight``, as in PEFT."""
 
     def __init__(self, weight: Tensor):
         super().__init__()
@@ -47,7 +47,7 @@ def scaled_forward(
     adapters: Sequence[LoraFactors],
     rows: Rows | None = None,
 ) -> Tensor:
-    """Compute :func:`lora_forward` for adapters with and without a magnitude.
+    """Return ``base(x)`` plus the updates of adapters with and without a magnitude, ``(..., O)``.
 
     If ``b`` is zero and the magnitudes equal the norms of the base weight, as in a new adapter, the
     result equals ``base(x)`` bit for bit.
@@ -59,8 +59,7 @@ def scaled_forward(
             does. It is called after ``base``, because with ZeRO-3 the forward of ``base`` releases
             the gathered weight.
         adapters: factors of the adapters, of which at least one has a magnitude.
-        rows: assignment of the rows to the adapters; None applies all adapters to all rows, in
-            order.
+        rows: adapter of each row; None applies all adapters to all rows, in order.
     """
     if rows is None:
         return _in_order(x, base, dense, adapters)
@@ -85,7 +84,7 @@ def _in_order(
     adapters: Sequence[LoraFactors],
 ) -> Tensor:
     first = adapters[0]
-    # The fused op would use torch's product, which is not exact.
+    # The fused op would use torch's matrix product, whose bits depend on the batch.
     exact = isinstance(base, PackedLinear) and base.exact
     alone = len(adapters) == 1 and first.p == 0 and not exact
     if alone and fuses(x, dense_parameters(base), first):
@@ -104,14 +103,14 @@ def _in_order(
 
 
 def _scaled(x: Tensor, y: Tensor, dense: DenseParameters, f: LoraFactors) -> Tensor:
-    """Apply a DoRA adapter to ``y``, the output of the base layer and the earlier adapters."""
+    """Return the output with a DoRA adapter; ``y`` is that of base layer and earlier adapters."""
     weight, bias = dense
     scale = _scale(weight, f)
     if f.p == 0:
         inner = y if bias is None else y - bias
         update = lora_update(x, [f])
-    else:  # the base product is part of the direction, so it uses the dropped input, too
-        # x contains only the adapter's rows, in order, so the same seed gives the mask of
+    else:  # as in PEFT, dropout applies to the input of the base product, too
+        # x contains only the adapter's rows, in order, so a seed gives the same mask as in
         # lora_forward.
         seed = draw_seed(x.device) if f.seed is None else f.seed
         x2d = x.reshape(-1, x.shape[-1]).to(f.a.dtype)

@@ -1,4 +1,4 @@
-"""Selection of the adapters that a forward of a layer uses, and of their rows."""
+"""Selection of the adapters that a layer's forward uses, and of the rows that use each adapter."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ class Participants(Merging):
     #: True if the input is ``(tokens, sequences, features)``.
     tokens_first = False
 
-    #: True if the rows are ids, as in an embedding. They may then be positions that all sequences
-    #: of the batch share.
+    #: True if the rows are ids, as in an embedding. Such ids may be positions that all sequences of
+    #: the batch share.
     _of_tokens = False
 
     @property
@@ -39,9 +39,9 @@ class Participants(Merging):
     def _participants(
         self, leading: torch.Size, device: torch.device, adapter_ids: Tensor | Names | Assignment
     ) -> tuple[list[str], Rows | None]:
-        """Return the adapters of a forward and their rows.
+        """Return the names of the adapters that a forward uses, and the adapter of each row.
 
-        If the list is empty, the forward computes only the base layer. The rows are None if all
+        If there are no names, the forward computes only the base layer. The rows are None if all
         adapters apply to all rows.
         """
         if self.disable_adapters:
@@ -67,7 +67,7 @@ class Participants(Merging):
             active = [n for n in self._active if self._is_on(n)]
             if self.alora_invocation_tokens:
                 for name in active:
-                    if name in self.alora_invocation_tokens:  # an aLoRA needs token ids
+                    if name in self.alora_invocation_tokens:  # an aLoRA adapter needs token ids
                         raise _traced.no_rows(repr(name))
             return active, None
         return (list(self.adapter_names) if rows.used else []), rows
@@ -75,9 +75,10 @@ class Participants(Merging):
     def _rows_of_all(
         self, rows: Rows | None, leading: torch.Size, device: torch.device
     ) -> Rows | None:
-        """Return the rows with all trained adapters marked as used, as :func:`together` explains.
+        """Return the rows with all trained adapters marked as used, even those without rows.
 
-        Returns None if all active adapters apply to every row and no other adapter is trained.
+        The reason is given in :func:`lora_ext.rows._rows.together`. Returns None if all active
+        adapters apply to every row and no other adapter is trained.
         """
         # Every process reads the parameters of all adapters in the same order: ZeRO-3 gathers a
         # parameter when it is read, which is a collective operation of all processes.
@@ -129,7 +130,7 @@ class Participants(Merging):
         return _traced.layer_rows(reachable, self._default_position(), *where)
 
     def _refuse_rescaled(self, names: Iterable[str]) -> None:
-        """Raise NotImplementedError if one of these adapters of a mixture scales outputs."""
+        """Raise NotImplementedError if one of the mixed adapters ``names`` scales outputs."""
         for name, kind in ((name, kind) for name in names for kind in variants("LORA")):
             title, scales = kind.title, getattr(self, kind.when).get(name, False)
             expected = f"adapters without {title} in rows with weights or several adapters"
@@ -141,6 +142,6 @@ class Participants(Merging):
         if len(active) == 1 and active[0] in self.alora_invocation_tokens:
             return _traced.NOBODY
         if len(active) > 1:
-            expected = "expected one active adapter in a compiled graph that uses blocks"
+            expected = "expected one active adapter in a compiled graph with `adapters` blocks"
             raise NotImplementedError(f"{type(self).__name__}: {expected}, found {active}")
         return self.adapter_names.index(active[0]) if active else -1

@@ -10,7 +10,7 @@ IGNORE = -100
 
 
 def shift_labels(labels: Tensor, ignore: int = IGNORE) -> Tensor:
-    """Shift labels by one, to the positions that predict them.
+    """Return labels shifted by one position, so that each is at the position that predicts it.
 
     In transformers, the labels of a sequence are its input ids. Position ``t`` predicts input
     ``t + 1``, so ``shifted[..., t] = labels[..., t + 1]``. The last position has no label and gets

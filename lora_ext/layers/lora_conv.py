@@ -34,7 +34,7 @@ class LoraConv(LoraLayer):
         base_layer: convolution, an ``nn.Conv1d``, ``nn.Conv2d`` or ``nn.Conv3d``.
         adapter_name: name of the first adapter, which becomes active.
         r: rank of the first adapter.
-        options: further arguments of :meth:`add_adapter`.
+        options: other arguments of :meth:`add_adapter`.
 
     Raises:
         NotImplementedError: If the windows of the convolution overlap or have gaps between them, or
@@ -102,13 +102,13 @@ class LoraConv(LoraLayer):
 
 
 class _OnPatches:
-    """Linear layer that applies a convolution to patches."""
+    """View of a convolution as a linear layer that maps patches to outputs."""
 
     def __init__(self, conv: nn.Module):
         self.conv: Any = conv
 
     def dense_parameters(self) -> DenseParameters | None:
-        """Return weight and bias, or None if the convolution's forward does more than multiply."""
+        """Return weight and bias, or None if the convolution has hooks or is not a plain one."""
         if type(self.conv) not in (nn.Conv1d, nn.Conv2d, nn.Conv3d) or not is_plain(self.conv):
             return None
         return self.conv.weight.flatten(1), self.conv.bias

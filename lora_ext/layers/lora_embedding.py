@@ -23,7 +23,7 @@ _SETTINGS = ("padding_idx", "max_norm", "norm_type", "scale_grad_by_freq", "spar
 class LoraEmbedding(LoraLayer):
     """PEFT's embedding layer: ``y[t] = base(x)[t] + embed_scale * scaling * B A[:, x[t]]``.
 
-    The adapter reads one column of A per token instead of multiplying A with a one-hot vector.
+    The adapter reads one column of A per token instead of multiplying A by a one-hot vector.
     Parameters have PEFT's names: ``base_layer.weight (V, O)``, ``lora_embedding_A.<name> (r, V)``,
     ``lora_embedding_B.<name> (O, r)``, ``lora_magnitude_vector.<name>.weight (O,)``, with ``V``
     tokens in the vocabulary, ``O`` features and rank ``r``. If the base layer scales its output
@@ -35,7 +35,7 @@ class LoraEmbedding(LoraLayer):
         base_layer: embedding, an ``nn.Embedding`` or an instance of a subclass.
         adapter_name: name of the first adapter, which becomes active.
         r: rank of the first adapter.
-        options: further arguments of :meth:`add_adapter`. ``init_lora_weights=True`` is PEFT's
+        options: other arguments of :meth:`add_adapter`. ``init_lora_weights=True`` selects PEFT's
             initialisation of embeddings: A is zero, and B is drawn from N(0, 1). As in PEFT,
             dropout is accepted without effect, because token ids cannot be dropped.
 
@@ -57,7 +57,7 @@ class LoraEmbedding(LoraLayer):
         super().__init__(base_layer, adapter_name, r, fan_in_fan_out=True, **options)
 
     def forward(self, x: Tensor, adapter_ids: Tensor | Names = None) -> Tensor:
-        """Map token ids ``(...)`` to ``(..., O)``.
+        """Map token ids ``(...)`` to features ``(..., O)``.
 
         Args:
             x: int64 or int32 tensor of token ids.
@@ -88,9 +88,9 @@ class LoraEmbedding(LoraLayer):
         return flat.view(y.shape)
 
     def _add(self, name: str, x: Tensor, y: Tensor, weight: Tensor | None = None) -> Tensor:
-        """Add one adapter's update to ``y``; a magnitude also scales the updates in ``y``.
+        """Return ``y`` plus one adapter's update; if the adapter has a magnitude, scale the sum.
 
-        The update is multiplied by ``weight``, ``(T, 1)``, which an adapter with a magnitude lacks.
+        The update is multiplied by ``weight (T, 1)``, which is None for a DoRA adapter.
         """
         a, b = self.lora_embedding_A[name], self.lora_embedding_B[name]
         base: Any = self.base_layer

@@ -27,8 +27,8 @@ class LoraLinear(LoraLayer):
     or adapt the model with :func:`lora_ext.nn.wrap`, which freezes everything except the adapters.
 
     A row ``(I,)`` of ``x`` uses the adapter that :func:`lora_ext.adapters` or ``adapter_ids``
-    selects for it, by default the sum of the active adapters (:meth:`set_adapter`). An adapter that
-    is switched off (``adapter_active`` is False) or that no row uses causes no allocation, no
+    selects for the row, by default the sum of the active adapters (:meth:`set_adapter`). An adapter
+    that is switched off (``adapter_active`` is False) or that no row uses causes no allocation, no
     kernel launch and no graph node, and its ``grad`` stays None. If torch.distributed has several
     processes, a trained adapter without rows gets zero gradients instead, because another process
     may have rows that use it.
@@ -41,9 +41,9 @@ class LoraLinear(LoraLayer):
             ``Conv1D`` are computed in the fused op; any other module is called.
         adapter_name: name of the first adapter, which becomes active.
         r: rank of the first adapter.
-        options: further arguments of :meth:`add_adapter`.
-        fan_in_fan_out: whether the base layer stores its weight as ``(I, O)``. For ``Conv1D`` this
-            is detected.
+        options: other arguments of :meth:`add_adapter`.
+        fan_in_fan_out: whether the base layer stores its weight as ``(I, O)``. For ``Conv1D``, True
+            is set automatically.
 
     Raises:
         ValueError: If the sizes of the base layer cannot be determined, ``fan_in_fan_out`` is set
@@ -84,20 +84,20 @@ class LoraLinear(LoraLayer):
         Args:
             x: floating-point tensor ``(..., I)``.
             adapter_ids: adapters of the rows, with one entry per row or per sequence. Either an
-                int64 or int32 tensor of positions in :attr:`adapter_names`, -1 for no adapter; or
-                names, None or ``"__base__"`` for no adapter. By default, the surrounding
+                int64 or int32 tensor of positions in :attr:`adapter_names`, with -1 for no adapter;
+                or names, with None or ``"__base__"`` for no adapter. By default, the surrounding
                 :func:`lora_ext.adapters` block selects the adapters; without a block all rows use
                 the active adapters. A tensor ``(T, K)`` for ``T`` rows adds the updates of K
                 adapters per row.
-            adapter_names: the same as ``adapter_ids`` with names.
-            adapter_weights: floating-point tensor of the shape of ``adapter_ids``, by which the
-                updates are multiplied; differentiable.
+            adapter_names: alternative to ``adapter_ids`` for names, as in PEFT.
+            adapter_weights: floating-point factors of the updates, in the shape of the tensor
+                ``adapter_ids``; differentiable.
 
         Raises:
             ValueError: If the ids, names or weights do not match the rows or the adapters, or if
                 they are given while adapters are merged.
-            NotImplementedError: If an adapter of a row with weights or several adapters scales
-                outputs.
+            NotImplementedError: If rows have weights or several adapters, and one of these adapters
+                scales outputs (DoRA).
         """
         given = adapter_ids if adapter_names is None else adapter_names
         if adapter_names is not None or adapter_weights is not None:
@@ -123,21 +123,21 @@ class LoraLinear(LoraLayer):
         return LinearWeight(self.base_layer, self.fan_in_fan_out)
 
     def _raw_factors(self, name: str) -> tuple[Tensor, Tensor, Tensor | None]:
-        # Overrides the general implementation because every forward calls it: base_weight and the
-        # attribute lookups of nn.Module would take as long as the op.
+        # Every forward calls this method. In the general method, base_weight and the attribute
+        # lookups of nn.Module would take as long as the op.
         a, b = (self._modules[side]._modules[name] for side in ("lora_A", "lora_B"))  # pyright: ignore[reportOptionalMemberAccess]
         return parameter(a, "weight"), parameter(b, "weight"), parameter(b, "bias")  # pyright: ignore[reportArgumentType]
 
 
 def _check_given(ids: Tensor | Names, names: Names, weights: Tensor | None) -> None:
-    """Raise ValueError unless one of ids and names is given, and weights only with ids."""
+    """Raise ValueError if both ids and names are given, or weights without a tensor of ids."""
     where, argument = "LoraLinear", "adapter_weights"
     both = names is not None and ids is not None
-    require(not both, where, "adapter_ids", "None beside adapter_names", ids)
+    require(not both, where, "adapter_ids", "None if adapter_names is given", ids)
     if weights is None:
         return
     fits = isinstance(ids, Tensor)
-    require(fits, where, argument, "a tensor adapter_ids beside it", f"adapter_ids={ids!r:.200}")
+    require(fits, where, argument, "a tensor as adapter_ids", f"adapter_ids={ids!r:.200}")
     assert isinstance(ids, Tensor)
     fits = weights.shape == ids.shape and weights.is_floating_point()
     expected = f"a floating-point tensor of the shape of adapter_ids, {tuple(ids.shape)}"

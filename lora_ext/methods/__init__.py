@@ -1,4 +1,4 @@
-"""Published methods, each a small policy built on the layers and the ops."""
+"""Implementations of published methods, built on the layers and the ops of this package."""
 
 from . import copra, fed_hello, legend, lora_init, mod, mtpc, reasoning, splora, vora
 

@@ -1,6 +1,6 @@
-"""All ``nn.Module`` classes of the package and the functions for them, in one namespace.
+"""All ``nn.Module`` classes of the package, and the functions that use them, in one namespace.
 
-They are defined in ``lora_ext.layers``, ``lora_ext.methods``, ``lora_ext.rows`` and
+The definitions are in ``lora_ext.layers``, ``lora_ext.methods``, ``lora_ext.rows`` and
 ``lora_ext.serving``.
 """
 

@@ -47,7 +47,14 @@ from .lora import (
 from .lora_gram import lora_delta, lora_dora_norm, lora_gram, lora_merge_, lora_pair_stats
 from .lora_siblings import MOST_SIBLINGS, lora_apply_siblings_
 from .lora_train import lora_dropout, lora_linear, lora_linear_apart
-from .packed_linear import pack_weight, packed_linear, unpack_weight
+from .packed_linear import (
+    is_plain_product,
+    pack_weight,
+    packed_linear,
+    packed_lora_linear,
+    same_bits,
+    unpack_weight,
+)
 from .row_attention import pointwise, row_attention
 from .vocab import chunked_cross_entropy, chunked_kl
 
@@ -59,8 +66,8 @@ __all__ = [
     "log_einsum_exp", "log_einsum_exp_backward", "log_einsum_weights", "lora_apply", "lora_apply_",
     "lora_apply_siblings_", "lora_delta", "lora_dora_norm", "lora_dropout", "lora_expand_",
     "lora_gram", "lora_linear", "lora_linear_apart", "lora_merge_", "lora_pair_stats", "lora_plan",
-    "lora_segment_ids", "lora_shrink", "pack_codes", "pack_weight", "packed_linear", "pointwise",
-    "row_attention", "sgmv_", "spec_verify", "unpack_weight",
+    "lora_segment_ids", "lora_shrink", "pack_codes", "pack_weight", "packed_linear",
+    "packed_lora_linear", "pointwise", "row_attention", "sgmv_", "spec_verify", "unpack_weight",
 ]  # fmt: skip
 
 _registration.register("lora_ext")

@@ -65,15 +65,14 @@ def circuit_scan(
     ``posterior`` has no gradient. Impossible events have log-probability ``-inf`` and gradient
     zero. The only allocated tensor of the size of ``leaf`` is its gradient. A row's bits depend
     neither on its batch nor on the number of threads. Logits of ``+inf`` or NaN make the results of
-    their row NaN.
+    their row NaN. All tensors may have any batch stride, including 0, and are not copied.
 
     Args:
         kind: Kind of circuit: ``"ff"``, ``"cp"``, ``"hmm"`` or ``"btree"``.
         leaf: Logits ``(B, K, C, V)``, float32, float16, bfloat16, or float64 on the CPU. If ``x``
             is None, log-probabilities ``(B, K, C)`` of the observed tokens. ``C = 1`` for ``ff``.
-            This tensor and those below may have any batch stride, including 0, and are not copied.
-        prior: Logits ``(B, C)`` of the first state in any of these dtypes, or None if all states
-            are equally likely.
+        prior: Logits ``(B, C)`` of the first state in any dtype allowed for ``leaf``, or None if
+            all states are equally likely.
         trans: Transition logits ``(B, M, C, C)`` in the dtype of ``prior``, one row per parent
             state; None if ``M = 0``. ``M`` is ``K - 1`` for ``hmm``, ``K - 2`` for ``btree``,
             otherwise 0.
@@ -141,7 +140,7 @@ def _fake_scan_backward(
 
 
 def emission_gather(h: Tensor, emit: Tensor, x: Tensor) -> Tensor:
-    """Compute log-probabilities of observed tokens under a linear head, with few logits in memory.
+    """Compute log-probabilities of observed tokens under a linear head, with logits in chunks.
 
     ``e[b, k, z] = log softmax(emit[k, z] @ h[b])[x[b, k]]``, or 0 if ``x[b, k]`` is -1. Pass the
     result to :func:`circuit_scan` as ``leaf``, without ``x``.

@@ -14,7 +14,7 @@ from lora_ext._torch import autocast_dtype, compiles, spaced, traced, with_space
 
 
 def grouped_mm(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
-    """Multiply each group of consecutive rows of ``x`` by its matrix.
+    """Multiply each group of consecutive rows of ``x`` by the matrix of the group.
 
     Devices other than the CPU use torch's kernel, which ignores autocast.
 

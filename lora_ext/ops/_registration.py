@@ -1,4 +1,4 @@
-"""Registration of fake kernels and of backwards written in Python.
+"""Registration of fake kernels and of backward functions written in Python.
 
 Decorators mark these functions next to the typed Python function of their op. :func:`register`
 registers them for the ops of a library: the compiled library and, in tests, each emulator of it.
@@ -14,6 +14,12 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from lora_ext import _loader
+
+#: The compiled module, whose functions call the dispatcher like ``torch.ops``, in less time. Graphs
+#: of ``torch.compile`` cannot contain these functions.
+direct: Any = _loader.load()
+
 F = TypeVar("F", bound=Callable[..., Any])
 
 _fakes: dict[str, Callable[..., Any]] = {}
@@ -21,11 +27,12 @@ _backwards: dict[str, tuple[Callable[..., Any], Callable[..., None]]] = {}
 
 
 def fake(op: str) -> Callable[[F], F]:
-    """Mark a function as the fake kernel of ``op``, which returns empty tensors.
+    """Return a decorator that marks a function as the fake kernel of ``op``.
 
-    The function is called with all arguments of the op by position, including defaults. All tensors
-    are on one device: torch also runs fake kernels if only some tensors are on the meta device, but
-    such calls raise ``ValueError`` before the function is called.
+    A fake kernel returns empty tensors. It is called with all arguments of the op by position,
+    including defaults. All tensors are on one device: torch also runs fake kernels if only some
+    tensors are on the meta device, but such calls raise ``ValueError`` before the function is
+    called.
     """
 
     def mark(function: F) -> F:
@@ -36,7 +43,7 @@ def fake(op: str) -> Callable[[F], F]:
 
 
 def backward(op: str, save: Callable[..., None]) -> Callable[[F], F]:
-    """Mark a function as the backward of ``op``.
+    """Return a decorator that marks a function as the backward function of ``op``.
 
     The function is called as ``function(library, ctx, *gradients)``, where ``library`` is
     ``torch.ops.<library>``.
@@ -65,19 +72,22 @@ def routed(library: str) -> Generator[None]:
         importlib.import_module(m.name)
         for m in pkgutil.iter_modules(package.__path__, f"{package.__name__}.")
     ]
-    before = [(module, module._c) for module in found if hasattr(module, "_c")]
+    module = _loader.load(library.removeprefix("lora_ext") or "_C")
+    names = {"_c": getattr(torch.ops, library), "direct": module}
+    modules: list[dict[str, Any]] = [vars(each) for each in found]
+    before = [(m, name, m[name]) for m in modules for name in names if name in m]
     try:
-        for module, _ in before:
-            vars(module)["_c"] = getattr(torch.ops, library)
+        for variables, name, _ in before:
+            variables[name] = names[name]
         yield
     finally:
-        for module, own in before:
-            vars(module)["_c"] = own
+        for variables, name, own in before:
+            variables[name] = own
 
 
 @functools.cache
 def register(library: str) -> None:
-    """Register all fake kernels and backwards for ``torch.ops.<library>``, once per library."""
+    """Register all marked functions for ``torch.ops.<library>``, once per library."""
     ops = getattr(torch.ops, library)
     # torch's annotations of `register_fake` and `register_autograd` are incomplete.
     for op, function in _fakes.items():

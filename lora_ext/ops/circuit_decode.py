@@ -1,4 +1,4 @@
-"""Drafting from circuits and verification of drafts.
+"""Drafting of tokens from circuits, and verification of the drafts with a language model.
 
 Letters: ``B`` rows, ``K`` positions of a window of tokens, ``C`` components (states of a latent),
 ``V`` vocabulary, ``M`` transition matrices.
@@ -33,7 +33,7 @@ _c = torch.ops.lora_ext
 def circuit_conditional_dist(
     kind: str, leaf: Tensor, prior: Tensor | None, trans: Tensor | None, x: Tensor, k: Tensor
 ) -> Tensor:
-    """Compute ``log q(. | x_<k)``, the distribution of the token at ``k`` in each row, ``(B, V)``.
+    """Compute ``log q(x_k | x_<k)`` of every token at position ``k`` of each row, ``(B, V)``.
 
     Args:
         kind: Kind of circuit: ``"ff"``, ``"cp"``, ``"hmm"`` or ``"btree"``, see
@@ -55,7 +55,7 @@ def circuit_conditional_dist(
 def _check(
     op: str, kind: str, leaf: Tensor, prior: Any, trans: Any, **tokens: Tensor | None
 ) -> None:
-    """Check the arguments common to the ops on logits; ``tokens`` must be ``(B, K)`` int64."""
+    """Check the arguments that the ops share; each of ``tokens`` must be ``(B, K)`` int64."""
     require_dim(op, "leaf", leaf, "(B, K, C, V)")
     check_circuit(op, kind, leaf, "leaf", prior, trans)
     for name, t in tokens.items():
@@ -81,7 +81,7 @@ def circuit_sample(
     uniforms: Tensor,
     evidence: Tensor | None = None,
 ) -> CircuitSample:
-    """Draw exact samples of each window, with the values that :func:`spec_verify` needs.
+    """Draw one exact sample per row, and compute the values that :func:`spec_verify` needs.
 
     One pass over the positions draws ``z ~ q(state | x_<k)``, then ``x_k ~ softmax(leaf[k, z])``. A
     draw selects the smallest index with a positive weight and a running sum above ``u`` times the
@@ -167,14 +167,14 @@ def spec_verify(
     num_evidence: Tensor | None = None,
     temperature: float = 1.0,
 ) -> tuple[Tensor, Tensor]:
-    """Accept a prefix of every draft and draw the next token, as if the verifier had sampled them.
+    """Accept a prefix of every draft and draw the next token, by speculative sampling.
 
-    With ``p = softmax(target / temperature)``, position k is accepted if all positions before it
-    are and ``u_k < p_k(x_k) / q(x_k | x_<k)``. At the first rejected position, the next token is
-    drawn from ``max(0, p - q)``, or from ``p`` if this is zero everywhere. If all positions are
-    accepted, it is drawn from ``p`` after the last position. Always output the next token: without
-    it, the output does not have the verifier's distribution. With temperature 0, a position is
-    accepted if its token is the verifier's argmax, and the next token is the argmax.
+    With ``p = softmax(target / temperature)``, position k is accepted if all earlier positions are
+    accepted and ``u_k < p_k(x_k) / q(x_k | x_<k)``. At the first rejected position, the next token
+    is drawn from ``max(0, p - q)``, or from ``p`` if this is zero everywhere. If all positions are
+    accepted, the next token is drawn from ``p`` after the last position. Always output the next
+    token: without it, the output does not have the verifier's distribution. With temperature 0, a
+    position is accepted if its token is the verifier's argmax, and the next token is the argmax.
 
     Args:
         target: Logits ``(B, K + 1, V)`` of the verifier, float32, float16 or bfloat16; float64 if

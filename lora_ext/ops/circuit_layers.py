@@ -1,7 +1,7 @@
-"""Whole circuits in one call: tables of leaves, values of all units, their flows, and walks.
+"""Evaluation of whole circuits in one call: leaf tables, values and flows of all units, and walks.
 
-A unit is a leaf, a sum, or a product of leaves. The flow of a unit or weight is how often it is
-used in expectation.
+A unit is a leaf, a sum, or a product of leaves. A walk descends from a root unit to leaf units. The
+flow of a unit or weight is its expected number of uses in a sample.
 
 Letters: ``B`` rows, ``N`` leaf units, ``U`` units, ``W`` weights, ``R`` roots; ``M`` blocks of leaf
 units, or walks. Results ``(B, U)`` are unit-major in memory: the values of one unit for all rows
@@ -34,21 +34,22 @@ class Program(NamedTuple):
     Attributes:
         numbers: Encoded program, int32 on the device of the values. The header
             ``csrc/include/lora_ext/circuit_layers.h`` defines its layout.
-        plan: Sizes that the host needs: ten for the program, then four per stage.
+        plan: Sizes that the host needs: ten for the program, then four per stage of execution.
     """
 
     numbers: Tensor
     plan: list[int]
 
     def to(self, device: torch.device) -> Program:
-        """Return the same program with its ``numbers`` on ``device``."""
+        """Return the program with its ``numbers`` moved to ``device``."""
         return Program(self.numbers.to(device), self.plan)
 
 
 def circuit_table(table: Tensor, x: Tensor, row: Tensor, block: int, norm: str = "none") -> Tensor:
     """Look up the log-values of leaves of discrete variables in a table.
 
-    ``out[b, m * block + j] = log p[row[m] + j, x[b, m]]``, or 0 if ``x[b, m]`` is -1.
+    With the table's probabilities ``p``, ``out[b, m * block + j] = log p[row[m] + j, x[b, m]]``, or
+    0 if ``x[b, m]`` is -1.
     Differentiable once in ``table``; the backward sums over the rows of ``x`` in order.
 
     Args:
@@ -58,7 +59,7 @@ def circuit_table(table: Tensor, x: Tensor, row: Tensor, block: int, norm: str =
         row: First table row of each block, ``(M,)`` int64, multiples of ``block``.
         block: Number of leaf units per block.
         norm: Meaning of the table. ``"logits"``: each row is log-softmaxed, and a row of only
-            ``-inf`` stays unchanged. ``"none"``: its entries are log-probabilities.
+            ``-inf`` stays unchanged. ``"none"``: the entries are log-probabilities.
 
     Returns:
         ``(B, M * block)`` in the dtype of ``table``.
@@ -92,22 +93,22 @@ def circuit_layers(
     semiring: str = "sum",
     precision: str = "fp32",
 ) -> Tensor:
-    """Compute the log-values of all units of a circuit from those of its leaves.
+    """Compute the log-values of all units of a circuit from the log-values of its leaf units.
 
-    ``l[out] = log sum_i W[o, i] exp(term[i])`` for every sum. A term is the log-value of a product,
-    which is the sum of the log-values of its factors. Each sum is computed as in
-    :func:`log_einsum_exp`, equally exact at ``-inf`` and safe from underflow. A row's bits depend
-    neither on its batch nor on the number of threads.
+    Every sum o with weights ``W`` is ``l[o] = log sum_i W[o, i] exp(term[i])``. A term is the
+    log-value of a product, which is the sum of the log-values of its factors. Each sum is computed
+    as in :func:`log_einsum_exp`, equally exact at ``-inf`` and safe from underflow. A row's bits
+    depend neither on its batch nor on the number of threads.
 
     Args:
         leaf: Log-values of the leaf units, ``(B, N)`` float32, or float64 on the CPU.
-        w: Weights of all sums, ``(W,)``, dtype and device of ``leaf``.
+        w: Weights of all sums, one vector, in the dtype and on the device of ``leaf``.
         program: Program to execute.
         norm: Meaning of ``w``. ``"logits"``: each row of a matrix of weights is log-softmaxed.
-            ``"none"``: its entries are log-weights.
-        semiring: ``"sum"``, or ``"max"`` for the largest term, which ignores NaN.
+            ``"none"``: the entries are log-weights.
+        semiring: ``"sum"``, or ``"max"`` for the largest term (NaN is ignored).
         precision: Precision of sums on CUDA, as for :func:`log_einsum_exp`, but for any number of
-            terms. The CPU and ``"max"`` support only ``"fp32"``, which gradients always use.
+            terms. The CPU and ``"max"`` support only ``"fp32"``; gradients always use ``"fp32"``.
 
     Returns:
         Log-values ``(B, U)``: the constants 0 and ``-inf``, the leaf units, then all other units.
@@ -144,9 +145,9 @@ def circuit_layers_backward(
     Args:
         droots: Gradients of the roots, ``(B, R)``.
         val: Result of :func:`circuit_layers` with ``semiring="sum"``.
-        w: Weights of that call.
-        program: Program of that call.
-        norm: Meaning of ``w`` in that call.
+        w: Weights that were passed to :func:`circuit_layers`.
+        program: Program that was passed to :func:`circuit_layers`.
+        norm: Meaning of ``w``, see :func:`circuit_layers`.
         need_dw: Whether to compute the gradient of the weights.
 
     Returns:
@@ -182,13 +183,13 @@ def circuit_layers_walk(
 
     Args:
         val: Result of :func:`circuit_layers`, ``(B, U)``.
-        w: Weights of that call.
-        program: Program of that call.
+        w: Weights that were passed to :func:`circuit_layers`.
+        program: Program that was passed to :func:`circuit_layers`.
         root: Index of the root of each row's walks, ``(B,)`` int64 in [0, R). On CUDA, walks from a
             root out of range return -1 for all variables.
-        uniforms: Uniform numbers ``(M, sums)`` float32 or float64 in [0, 1), one per region of sums
-            in the order of the graph. M is a multiple of B, and the walks of a row are consecutive.
-            None for one walk per row along the largest weights.
+        uniforms: Uniform numbers ``(M, sums)`` float32 or float64 in [0, 1), one per set of sums
+            with common terms, in the order of the graph. M is a multiple of B, and the walks of a
+            row are consecutive. None for one walk per row along the largest weights.
 
     Returns:
         Leaf unit of each variable, ``(M, variables)`` int64: a column of ``val``, or -1 outside the

@@ -81,9 +81,10 @@ def log_einsum_exp(
 ) -> Tensor | LogMax:
     """Compute ``out[b, o] = log sum_i W[o, i] exp(values[b, i])``, a sum layer.
 
-    A sum without possible terms is ``-inf``, with gradient zero; ``+inf`` and NaN give NaN. If a
-    product would underflow, forward and backward recompute it from shifted terms. For example, a
-    term of probability ``e^-1000`` is not lost if a much larger value has weight zero.
+    If all terms of a sum are ``-inf``, the sum is ``-inf`` with gradient zero. ``+inf`` and NaN
+    give NaN. If a product would underflow, forward and backward recompute it from shifted terms.
+    For example, a term of probability ``e^-1000`` is not lost if a much larger value has weight
+    zero.
 
     Differentiable in ``w`` and ``values``: any number of times for the sum, once for the max
     (through the largest term). A row's bits depend neither on its batch nor on the number of
@@ -120,7 +121,7 @@ def log_einsum_exp(
     choice("log_einsum_exp", "norm", norm, NORMS)
     choice("log_einsum_exp", "semiring", semiring, ("sum", "max"))
     refuse_tangents("log_einsum_exp", w, values)
-    # Leaf tensors are excluded: their gradient must have their shape, one matrix per row.
+    # Autograd leaves are not narrowed to w[0], since a leaf's gradient must have its full shape.
     leaf = w.requires_grad and w.is_leaf
     if w.dim() == 3 and values.dim() == 2 and len(w) > 1 and w.stride(0) == 0 and not leaf:
         found = f"{tuple(w.shape)} and {tuple(values.shape)}"
@@ -162,7 +163,7 @@ def _fake_max(w: Tensor, values: Tensor, norm: str) -> tuple[Tensor, Tensor]:
 
 
 def _attained(w: Tensor, values: Tensor, norm: str, best: Tensor, indices: Tensor) -> Tensor:
-    """Compute the terms at ``indices`` differentiably; ``-inf`` if a sum has no possible term."""
+    """Return ``best``, the terms at ``indices``, as a differentiable function of w and values."""
     log_w = log_weights(w, norm)
     if w.dim() == 2 or values.dim() == 3:
         log_w = log_w[..., None, :, :].expand(*indices.shape, w.shape[-1])
@@ -180,8 +181,8 @@ def log_einsum_exp_backward(
 ) -> tuple[Tensor, Tensor]:
     """Compute the gradients ``(dw, dvalues)`` of :func:`log_einsum_exp` from its result.
 
-    Use it if there is no autograd graph. With log-weights and ``dout`` 1 at a root, the gradients
-    are the expected flows of a circuit.
+    Call this function if there is no autograd graph. With log-weights and ``dout`` 1 at a root, the
+    gradients are the flows of a circuit: the expected numbers of uses of units and weights.
 
     Args:
         dout: Gradient of ``out``, in its shape.
@@ -223,7 +224,7 @@ def _exp_double_backward(
 ) -> tuple[Tensor | None, ...]:
     """Differentiate the reference implementation with torch.
 
-    This stores all terms and is slow, but second derivatives are rare.
+    This is slow and stores all terms, which is acceptable because second derivatives are rare.
     """
     again = torch.is_grad_enabled()  # The caller may compute a third derivative.
     with torch.enable_grad():
@@ -240,12 +241,12 @@ def _exp_double_backward(
         pairs = [(g, d) for g, d in given if d is not None and d.numel()]
         outputs, ahead = [g for g, _ in pairs], [d for _, d in pairs]
         grads = torch.autograd.grad(outputs, leaves, ahead, create_graph=again, allow_unused=True)
-    # `out` gets no gradient: it is recomputed above from w and values, whose gradients include it.
+    # `out` gets no gradient, since it depends on w and values, whose gradients include its share.
     return *grads, *(None,) * 6
 
 
 def log_bmm(a: Tensor, b: Tensor) -> Tensor:
-    """Compute ``out[m, n] = log sum_k exp(a[m, k] + b[k, n])`` of every batch.
+    """Compute ``out[m, n] = log sum_k exp(a[m, k] + b[k, n])`` of each pair of matrices in a batch.
 
     This is :func:`log_einsum_exp` with log-weights ``b``: exact at ``-inf``, twice differentiable.
 

@@ -4,7 +4,9 @@ Letters: ``T`` tokens (rows), ``I`` input features, ``O`` output features, ``R``
 adapters, ``P`` pages, ``S`` segments of consecutive rows.
 
 The adapter of each row of ``x`` is selected by an id. Adapters may have different ranks; the cost
-of an adapter depends only on its own rank.
+of an adapter depends only on its own rank. Adapters are stored in a *bank*, ``a (A, R, I)`` and
+``b (A, O, R)``, or in *pages* of eight ranks, ``a (P, 8, I)`` and ``b (P, O, 8)``. ``page_table
+(A, R / 8)`` contains the pages of each adapter, as in :class:`lora_ext.AdapterPool`.
 
 A row may also have a weight, or several adapters with one weight each:
 ``y[t] = sum_k weights[t, k] * scale[s] * b[s] @ (a[s] @ x[t])`` with ``s = adapter_ids[t, k]`` for
@@ -12,12 +14,8 @@ A row may also have a weight, or several adapters with one weight each:
 The ``K`` columns are added in order; an output of 16 bits is rounded once per column. With
 ``adapter_ids (T,)`` the pages of an adapter may have different factors: ``scale (A, R / 8)``, one
 number per eight ranks, and ``groups (A, R / 8)``, the column of ``weights (T, G)`` for these ranks.
-If a slot has the pages of several adapters, the result is their weighted sum, rounded once. Factors
+If an id selects pages of several adapters, the result is their weighted sum, rounded once. Factors
 are multiplied in the order ``(scale * (a[s] @ x[t])) * weight``, so a weight of 1 changes no bit.
-
-Adapters are stored in a *bank*, ``a (A, R, I)`` and ``b (A, O, R)``, or in *pages* of eight ranks,
-``a (P, 8, I)`` and ``b (P, O, 8)``. ``page_table (A, R / 8)`` contains the pages of each adapter,
-as in :class:`lora_ext.AdapterPool`.
 
 Sources: LoRA (Hu et al. 2021), eq. 3; Punica (Chen et al. 2023), section 4; S-LoRA (Sheng et al.
 2023).
@@ -29,10 +27,10 @@ import torch
 from torch import Tensor
 
 from lora_ext._checks import require
-from lora_ext._torch import refuse_tangents
+from lora_ext._torch import compiles, refuse_tangents
 from lora_ext.reference import accumulator
 
-from ._registration import backward, fake
+from ._registration import backward, direct, fake
 
 _c = torch.ops.lora_ext
 
@@ -43,10 +41,10 @@ def lora_plan(adapter_ids: Tensor, num_adapters: int, num_valid: Tensor | None =
     Args:
         adapter_ids: Adapter id of each row, ``(T,)`` or ``(T, K)`` int64 or int32 in ``[-1, A)``;
             -1 means no adapter.
-        num_adapters: Number ``A`` of slots of the bank or pool.
+        num_adapters: Number ``A`` of adapters of the bank, or of rows of the page table.
         num_valid: Number of valid rows, one int32 on the device of ``adapter_ids``, or None for all
             rows. Rows after these are treated as if their id were -1, so that a captured graph can
-            run a padded batch.
+            run a padded batch. For float8 pages, their ids must be -1 or adapters with pages.
 
     Returns:
         Opaque int32 vector to pass as ``plan``. Its size depends only on the shape of the ids and
@@ -172,7 +170,7 @@ def lora_expand_(
             is returned and must not share memory with another argument, as in :func:`lora_apply_`.
         v: Result of :func:`lora_shrink`, ``(T, R)``, or ``(T, K, R)`` for ids ``(T, K)``; float32
             (float64 for float64).
-        b: Bank or pages in the dtype of ``y``, see :func:`lora_apply`.
+        b: Bank or pages in the dtype of ``y``, or pages of float8_e4m3fn, see :func:`lora_apply`.
         adapter_ids: Adapter id of each row, ``(T,)`` or ``(T, K)``.
         ranks: Rank of each adapter, ``(A,)`` int32, see :func:`lora_apply`.
         page_table: Pages of each adapter, see :func:`lora_apply`.
@@ -210,8 +208,9 @@ def lora_apply(
     Args:
         x: Input ``(T, I)`` float16, bfloat16, float32, or float64 on the CPU; any row stride.
         a: Bank ``(A, R, I)``, or pages ``(P, 8, I)`` with ``page_table``; dtype and device of
-            ``x``.
-        b: Bank ``(A, O, R)``, or pages ``(P, O, 8)``; dtype and device of ``x``.
+            ``x``. Pages of up to 256 ranks may be finite float8_e4m3fn instead, if ``x`` is not
+            float64: the result has the bits of the same pages in the dtype of ``x``.
+        b: Bank ``(A, O, R)``, or pages ``(P, O, 8)``; dtype and device of ``a``.
         adapter_ids: Adapter id of each row, ``(T,)`` int64 or int32 in ``[-1, A)``, or ``(T, K)``
             for the sum of ``K`` adapters, 1 to 64.
         scale: Scale of each adapter, ``(A,)`` float32, or of each page of eight ranks,
@@ -222,9 +221,9 @@ def lora_apply(
         page_table: Pages of each adapter, ``(A, R / 8)`` int32: one page per eight ranks, or -1 for
             no page. None for banks.
         plan: Result of :func:`lora_plan` for the same ids, to avoid grouping them again.
-        weights: Factor of each row, ``(T,)`` float32, of each entry of ids ``(T, K)``, ``(T, K)``,
-            or of each row and group, ``(T, G)``; None for 1. Values are not checked: a NaN affects
-            only its row.
+        weights: Factors, float32: ``(T,)``, one per row; ``(T, K)``, one per entry of ids
+            ``(T, K)``; or ``(T, G)``, one per row and group. None for 1. Values are not checked: a
+            NaN affects only its row.
         groups: Column of ``weights (T, G)`` that each page is multiplied by,
             ``(A, ceil(R / 8))`` int32 in ``[0, G)``, for ids ``(T,)``; None for column 0. On CUDA,
             the range is checked only in debug mode.
@@ -254,12 +253,13 @@ def _save_apply(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 @backward("lora_apply", save=_save_apply)
 def _apply_backward(library: Any, ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-    """Return the gradients of ``lora_linear`` without a base weight; for pages, only that of ``x``.
+    """Return the gradients of ``x``, ``a``, ``b`` and ``weights``; for pages, only that of ``x``.
 
     For pages, ``dx`` is the op itself applied to ``dy`` with ``b^T`` and ``a^T`` as factors.
     """
-    x, a, b, adapter_ids, scale, ranks, page_table, plan, weights, groups = ctx.saved_tensors
-    # torch does not list trailing arguments that have their default.
+    x, a, b, adapter_ids, *rest = ctx.saved_tensors
+    scale, ranks, page_table, plan, weights, groups = rest
+    # needs_input_grad lacks trailing arguments that have their default value.
     needs = [*ctx.needs_input_grad[:3], weights is not None and ctx.needs_input_grad[8]]
     if any(ctx.needs_input_grad[3:8]):
         raise NotImplementedError("lora_apply: scale receives no gradient; detach it")
@@ -268,9 +268,15 @@ def _apply_backward(library: Any, ctx: Any, dy: Tensor) -> tuple[Tensor | None, 
             raise NotImplementedError(
                 "lora_apply: pages receive no gradient, nor do their weights; train a bank instead"
             )
-        a_t, b_t = (t.transpose(1, 2).contiguous() for t in (a, b))
-        rest = scale, ranks, page_table, plan, weights, groups
-        return library.lora_apply(dy, b_t, a_t, adapter_ids, *rest), *(None,) * 9
+        # Memory of pages that no row uses may be unmapped: copy page 0 in their place.
+        ids = adapter_ids.flatten()
+        pages = page_table[ids].long()
+        pages = pages.where((ids[:, None] >= 0) & (pages < len(a)), -1).flatten()
+        used = pages.new_zeros(len(a) + 1).index_fill_(0, pages + 1, 1)[1:]
+        index = used * torch.arange(len(a), device=a.device)
+        kind = torch.uint8 if a.itemsize == 1 else a.dtype
+        turned = (t.view(kind).transpose(1, 2).index_select(0, index).view(a.dtype) for t in (b, a))
+        return library.lora_apply(dy, *turned, adapter_ids, *rest), *(None,) * 9
     if plan is None:
         plan = library.lora_plan(adapter_ids, a.shape[0])
     if needs[2] or needs[3]:  # v without the weights
@@ -297,7 +303,7 @@ def lora_apply_(
     weights: Tensor | None = None,
     groups: Tensor | None = None,
 ) -> Tensor:
-    """Add the low-rank update of every row to ``y`` in place, as serving does.
+    """Add the low-rank update of every row by its adapter to ``y``, in place.
 
     ``y[t] = round(y[t] + weights[t] * scale[s] * b[s] @ (a[s] @ x[t]))`` with
     ``s = adapter_ids[t]`` and one rounding, or one per column of ids ``(T, K)``. Rows with id -1,
@@ -325,7 +331,8 @@ def lora_apply_(
     Source: Punica (Chen et al. 2023), section 4; S-LoRA (Sheng et al. 2023), section 5.
     """
     rest = scale, ranks, page_table, plan, weights, groups
-    _c.lora_apply_.default(y, x, a, b, adapter_ids, *rest)
+    op = _c.lora_apply_.default if compiles() else direct.lora_apply_
+    op(y, x, a, b, adapter_ids, *rest)
     return y
 
 
@@ -403,7 +410,8 @@ def sgmv_(
         require(fits, "sgmv_", "weights", expected, tuple(weights.shape))
     segments = torch.arange(len(seg_adapter), dtype=torch.int32, device=seg_adapter.device)
     of_row = lora_segment_ids(seg_indptr, segments, x.shape[0]).long()  # (T,)
-    # Rows outside all segments have index -1 and read the last row, which is added here.
+    # Rows outside all segments have index -1, which selects the last row. It is appended here, with
+    # id -1.
     ids = torch.cat([seg_adapter, torch.full_like(seg_adapter[:1], -1)])[of_row]
     if weights is not None:
         weights = torch.cat([weights, torch.ones_like(weights[:1])])[of_row]

@@ -37,8 +37,8 @@ def lora_gram(
     decomposition of the factors instead.
 
     On a GPU, up to 500 adapters of one dtype take one launch. Adapters on several devices take one
-    call of the op per device. A factor of rank up to 64 is read once. It is copied only if the
-    elements of a row are not contiguous or the other factor has a wider dtype.
+    call of the op per device. A factor of rank up to 64 is read once. A factor is copied only if
+    the elements of a row are not contiguous or the other factor has a wider dtype.
 
     Args:
         a: Factors ``(r, I)`` of the adapters, float32, float16, bfloat16 or float64. Shapes and
@@ -58,7 +58,7 @@ def lora_gram(
     require(len(a) == len(b), "lora_gram", "b", f"as many tensors as a, {len(a)}", len(b))
     grams: dict[int, tuple[Tensor, Tensor]] = {}
     devices = dict.fromkeys(t.device for t in a)
-    if len(devices) > 1:  # In the op's errors, a[i] would be the i-th factor of one device only.
+    if len(devices) > 1:  # The op would count the factors per device in its error messages.
         _check_adapters("lora_gram", a, spread=True, b=b)
     for device in devices:
         here = [i for i, t in enumerate(a) if t.device == device]
@@ -77,8 +77,8 @@ def lora_pair_stats(
     """Measure how far an adapter's update is from its projection, using only Gram matrices.
 
     With ``D = scaling * b @ a`` and ``PD = scaling * projected_b @ a``, which are not formed, the
-    results are ``(|D|^2, |PD|^2, <PD, D>, |PD - D|^2)``, with sums in float64. The last is computed
-    from ``projected_b - b``, so that it does not lose digits by cancellation.
+    results are ``(|D|^2, |PD|^2, <PD, D>, |PD - D|^2)``, with sums in float64. ``|PD - D|^2`` is
+    computed from ``projected_b - b``, so that no digits are lost by cancellation.
 
     Args:
         a: Factor ``(r, I)`` of an adapter, or a list of the factors of L adapters on one device, as
@@ -226,9 +226,9 @@ def lora_merge_(weight: Tensor, a: Tensor, b: Tensor, scale: float = 1.0, sign: 
 def lora_dora_norm(weight: Tensor, a: Tensor, b: Tensor, scale: float | Tensor = 1.0) -> Tensor:
     """Compute the norm of every row of ``weight + scale * b @ a`` without forming ``b @ a``.
 
-    The square of a row's norm is ``|w|^2 + 2 scale <w a^T, b> + scale^2 <b (a a^T), b>``. If the
-    adapter nearly cancels a row, its absolute error is a few roundings of ``|w|^2``: in float32 a
-    norm of 1e-2 ``|w|`` has a relative error of 2e-3, and a norm of 1e-4 ``|w|`` is noise. If a row
+    The square of a row's norm is ``|w|^2 + 2 scale <w a^T, b> + scale^2 <b (a a^T), b>``, with an
+    absolute error of a few roundings of ``|w|^2``. If the adapter nearly cancels a row, in float32
+    a norm of 1e-2 ``|w|`` has a relative error of 2e-3, and one of 1e-4 ``|w|`` is noise. If a row
     of ``b`` is zero, the norm is bitwise equal to ``torch.linalg.vector_norm``, with which PEFT
     initialises magnitudes.
 

@@ -1,4 +1,4 @@
-"""Batched multi-adapter LoRA of several modules with the same input, such as q, k and v.
+"""Batched multi-adapter LoRA for several modules with the same input, such as q, k and v.
 
 Letters: ``T`` tokens, ``I`` input features, ``O`` output features (of a module), ``R`` largest
 rank, ``A`` adapters, ``P`` pages, ``M`` modules.

@@ -55,16 +55,17 @@ def lora_linear(
 
     Differentiable once in ``x``, ``weight``, ``bias``, ``a``, ``b`` and ``weights``; only the
     gradients that autograd needs are computed. The gradient of ``weights`` is exactly 0 for entries
-    with id -1. The bits of an adapter's gradient do not depend on the other
-    adapters of the batch. The gradient is zero beyond the adapter's rank, and for an adapter
-    without rows. The products with ``weight`` use a library's GEMM, so their bits may depend on the
-    batch and the number of threads. The library is torch's, or oneDNN for large float32 batches on
-    the CPU if every row has an adapter of positive rank and ``torch.backends.mkldnn.enabled``.
+    with id -1. The bits of an adapter's gradient do not depend on the other adapters of the batch.
+    The gradient is zero beyond the adapter's rank, and for an adapter without rows. The products
+    with ``weight`` use a library's GEMM, so their bits may depend on the batch and the number of
+    threads. The library is torch's, or oneDNN for large float32 batches on the CPU if every row has
+    an adapter of positive rank and ``torch.backends.mkldnn.enabled``.
 
     Args:
         x: Input ``(T, I)`` float16, bfloat16, float32, or float64 on the CPU; any row stride.
             Autocast casts it and the parameters, as for torch's linear.
-        weight: Base weight ``(O, I)``, or None for only the update, if the base is not a matrix.
+        weight: Base weight ``(O, I)``, or None to compute only the update, if the base is not a
+            matrix.
         bias: Bias ``(O,)`` of the base layer, or None.
         a: Bank ``(A, R, I)``, dtype and device of ``x``. A single adapter may also be ``(R, I)``
             with ``b (O, R)``; its gradients then have these shapes.
@@ -144,18 +145,18 @@ def lora_linear_apart(
     weights: Tensor | None = None,
     groups: Tensor | None = None,
 ) -> Tensor:
-    """Compute :func:`lora_linear` of adapters that are separate tensors, such as parameters.
+    """Apply :func:`lora_linear` to adapters that are separate tensors, such as parameters.
 
-    Each forward copies the factors into a temporary bank, and the backward rebuilds the bank. If
-    the banks were stored for the backward, the banks of all layers would need as much memory as the
-    adapters. The gradients of the factors are views of the gradients of a bank.
+    Each forward pass copies the factors into a temporary bank, and the backward pass builds the
+    bank again: storing the banks of all layers would take as much memory as the adapters. The
+    gradients of the factors are views of the gradients of a bank.
 
     Args:
         x: Input ``(T, I)``, see :func:`lora_linear`.
         weight: Base weight ``(O, I)``, or None.
         bias: Bias ``(O,)``, or None.
-        a: Factors ``(r, I)`` of the A adapters of rank r, on the device of ``x``; they are cast to
-            the dtype of ``x``.
+        a: Factor ``(r, I)`` of each of A adapters, whose ranks r may differ, on the device of
+            ``x``; the factors are cast to the dtype of ``x``.
         b: Factors ``(O, r)`` of the same adapters.
         adapter_ids: Adapter id of each row, ``(T,)`` or ``(T, K)``.
         scale: Scale of each adapter, see :func:`lora_linear`.
@@ -218,7 +219,7 @@ class _Apart(torch.autograd.Function):
             v = _c.lora_shrink.default(x, bank[0], ids, scale, ranks, None, plan)
             if weights is None:
                 _c.lora_expand_.default(y, v, bank[1], ids, ranks, None, plan)
-            else:  # The backward needs v without the weights.
+            else:  # The backward pass needs v without the weights.
                 mixed = scale, ranks, None, plan, weights, groups
                 _c.lora_apply_.default(y, x, *bank, ids, *mixed)
         for_dx = weight if ctx.needs_input_grad[0] else None
@@ -259,9 +260,9 @@ class _Apart(torch.autograd.Function):
 
 
 def _bank(factors: tuple[Tensor, ...] | list[Tensor], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Copy ``factors``, first all a, then all b, into banks ``(A, R, I)`` and ``(A, O, R)``.
+    """Copy ``factors`` (``a`` of all adapters, then ``b`` of all adapters) to two banks.
 
-    Entries beyond an adapter's rank are undefined.
+    The banks are ``(A, R, I)`` and ``(A, O, R)``. Entries beyond an adapter's rank are undefined.
     """
     half = len(factors) // 2
     a, b = factors[:half], factors[half:]
@@ -284,8 +285,8 @@ _kept = threading.local()
 def _scratch(device: torch.device, size: int, dtype: torch.dtype) -> Tensor:
     """Return uninitialised memory for one call.
 
-    On the CPU, later calls of the same thread reuse the memory, because obtaining new pages from
-    the operating system takes longer than filling them.
+    On the CPU, later calls of the same thread reuse the memory, because obtaining new memory from
+    the operating system takes longer than filling it.
     """
     traced = torch._C._len_torch_dispatch_stack()  # pyright: ignore[reportPrivateUsage]
     if device.type != "cpu" or traced:
@@ -293,7 +294,7 @@ def _scratch(device: torch.device, size: int, dtype: torch.dtype) -> Tensor:
     nbytes = size * dtype.itemsize
     memory: Tensor | None = getattr(_kept, "memory", None)
     if memory is None or memory.numel() < nbytes:
-        with torch.inference_mode(False):  # Calls outside inference mode must be able to write it.
+        with torch.inference_mode(False):  # so that calls outside inference mode can write it
             memory = _kept.memory = torch.empty(nbytes, dtype=torch.uint8)
     return memory[:nbytes].view(dtype)
 

@@ -7,15 +7,18 @@ a weight into panels that :func:`packed_linear` reads once for any number of row
 Letters: ``T`` rows, ``I`` input features, ``O`` output features.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from lora_ext._checks import require_dtype, require_shape, require_tensor
 
-from ._registration import fake
+from ._registration import direct, fake
 
 _c = torch.ops.lora_ext
-
+#: Functions called before a product. They are not ops; csrc/ops/packed_linear.h describes them.
+is_plain_product, same_bits = direct.is_plain_product, direct.same_bits
 #: Output features per panel.
 PANEL = 32
 
@@ -28,10 +31,11 @@ def pack_weight(
 ) -> Tensor:
     """Copy a weight into panels of 32 output features, padded with zeros beyond ``O``.
 
-    With ``bits``, the weight is rounded to the nearest multiple of a float16 scale for each
-    ``group`` input features of an output: the largest magnitude of the group / 127, or with 4 bits
-    the value of the largest magnitude / -8, as in GGUF's Q4_0. A group of multiples of the largest
-    magnitude / 7, as in a ternary weight, keeps that scale.
+    With ``bits``, each group of ``group`` input features of an output has a float16 scale, and its
+    weights are rounded to the nearest multiples of the scale. With 8 bits, the scale is the largest
+    magnitude of the group / 127. With 4 bits, it is the value of the largest magnitude / -8, as in
+    GGUF's Q4_0. However, if all values of the group are multiples of its largest magnitude / 7, as
+    in a ternary weight, the scale of 4 bits is this quotient.
 
     Args:
         weight: Weight ``(O, I)`` float32 or bfloat16 on the CPU. With ``bits``, its values are
@@ -57,7 +61,7 @@ def pack_weight(
 def unpack_weight(
     packed: Tensor, out_features: int, in_features: int, *, dtype: torch.dtype = torch.float32
 ) -> Tensor:
-    """Return the weight ``(O, I)`` of a packed weight of 8 or 4 bits.
+    """Unpack a weight of 8 or 4 bits, and return it as ``(O, I)``.
 
     Args:
         packed: Result of :func:`pack_weight` with ``bits``.
@@ -85,15 +89,15 @@ def packed_linear(
     threads. Sums start with the bias and add the products in ascending order of the input features,
     in float32; they are rounded once. Machines with other instruction sets may round differently.
     Instructions that multiply bfloat16 in pairs also treat subnormal numbers as zero. With AMX, the
-    products of 32 input features are first added from zero, the even and the odd ones apart.
+    products of 32 input features are first added from zero, separately for even and odd features.
 
     With a weight of 8 or 4 bits, the products of a group of input features with the codes are added
     in float32, and the sum is multiplied by the scale of the group.
 
-    On CUDA, the weight has 8 or 4 bits. Tensor cores add the products of 32 input features with the
-    codes to a float32 sum, which is multiplied by the scale. 16 sums, one for every 16th group of
-    32, are added in a fixed order, whatever the number of rows. Tensor cores round toward zero. An
-    infinite input gives NaN in float32.
+    On CUDA, the weight must have 8 or 4 bits. Tensor cores add the products of 32 input features
+    with the codes to a float32 sum, which is multiplied by the scale. These sums are added into 16
+    partial sums, one for every 16th group of 32 features, which are added in a fixed order for any
+    number of rows. Tensor cores round toward zero. An infinite input gives NaN in float32.
 
     The op is not differentiable and ignores autocast.
 
@@ -106,9 +110,10 @@ def packed_linear(
         out_features: Number ``O`` of output features. None for all features of ``packed``,
             including the padding: 32 per panel.
         int8: Whether to round each row of ``x`` to 8 bits, which needs a weight of 8 or 4 bits. The
-            row's scale is its largest magnitude / 127, so each input changes by at most half of
-            this, and an output by at most this times half of the sum of ``|weight|``. The sums of
-            a group are exact. A row that is not finite gives NaN. CUDA tensors raise.
+            row's scale is its largest magnitude / 127. Rounding changes an input by at most half
+            the scale, and an output by at most half the scale times the sum of ``|weight|`` over
+            the input features. The sums of a group are exact. A row that is not finite gives NaN.
+            Not supported on CUDA.
 
     Returns:
         ``(T, O)``, dtype of ``x``.
@@ -120,6 +125,34 @@ def packed_linear(
     if out_features is None:
         out_features = packed.shape[0] * PANEL
     return _c.packed_linear.default(x, packed, bias, out_features, int8)
+
+
+def packed_lora_linear(x: Tensor, product: tuple[Any, ...], update: tuple[Any, ...]) -> Tensor:
+    """Apply :func:`packed_linear` and :func:`lora_apply_` in one call, with the same bits.
+
+    A decode step calls this op hundreds of times. It is for eager code: graphs of ``torch.compile``
+    cannot contain it.
+
+    Args:
+        x: Input ``(..., I)``.
+        product: All arguments of ``packed_linear`` after ``x``, by position.
+        update: All arguments of ``lora_apply_`` after ``x``, by position.
+
+    Returns:
+        ``(..., O)``, dtype of ``x``.
+
+    Raises:
+        ValueError: As for the two ops.
+        RuntimeError: If a gradient is requested.
+    """
+    return direct.packed_lora_linear(x, *product, *update)
+
+
+@fake("packed_lora_linear")
+def _fake_packed_lora_linear(
+    x: Tensor, packed: Tensor, bias: Tensor | None, out_features: int, *rest: object
+) -> Tensor:
+    return x.new_empty(*x.shape[:-1], out_features)
 
 
 @fake("pack_weight")

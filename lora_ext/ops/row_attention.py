@@ -77,7 +77,7 @@ def row_attention(
 
 
 def pointwise(x: Tensor, function: str) -> Tensor:
-    """Compute ``function`` elementwise, bitwise the same at any position and in any shape.
+    """Apply ``function`` elementwise, with bits that do not depend on position or shape.
 
     The result is computed in float32 (sine and cosine in float64) and rounded once. Processors with
     other instruction sets may round differently. The op is not differentiable and ignores autocast.

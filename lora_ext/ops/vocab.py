@@ -43,12 +43,13 @@ def chunked_cross_entropy(
 
     Neither forward nor backward allocates a tensor of ``N x V`` numbers if ``chunk < V``. In
     addition to arguments and gradients, ``N * chunk`` logits and a few ``N * d`` sums are in
-    memory. Differentiable once in hidden, weight and bias. The bits of our own code do not depend
-    on the number of threads; the bits of torch's products with the weight and of its mean may.
+    memory. Differentiable once in hidden, weight and bias. The bits of lora_ext's kernels do not
+    depend on the number of threads; the bits of torch's products with the weight and of its mean
+    may.
 
     Args:
         hidden: Hidden states ``(N, d)``, float32, float16, bfloat16, or float64 on the CPU.
-        weight: Weight ``(V, d)`` of the output layer, in one of these dtypes. Products use the
+        weight: Weight ``(V, d)`` of the output layer, dtypes as for ``hidden``. Products use the
             wider of the two dtypes, or autocast's dtype; float16 is multiplied as float32 on the
             CPU.
         bias: Bias ``(V,)`` of the output layer, or None.
@@ -88,7 +89,7 @@ def chunked_kl(
     mask: Tensor | None = None,
     softcap: float | None = None,
 ) -> Tensor:
-    """Compute the mean KL divergence of a teacher and students with one output layer, in chunks.
+    """Compute the mean KL divergence of students from a teacher that share one output layer.
 
     The students are the first ``k - 1`` hidden states of a row, and the teacher is the last one.
     The loss is ``tau^2 mean_{e < k, n} KL(softmax(z_k[n] / tau) || softmax(z_e[n] / tau))`` with
@@ -97,8 +98,8 @@ def chunked_kl(
     the loss and its gradients are 0. The gradient of the teacher is zero, and the output layer
     receives gradients only through the students.
 
-    Memory, derivatives, dtypes and bits are as in :func:`chunked_cross_entropy`, with ``k N``
-    instead of ``N``. Equal logits give exactly 0.
+    Memory, derivatives, dtypes and reproducibility are as in :func:`chunked_cross_entropy`, with
+    ``k N`` instead of ``N`` rows. Equal logits give exactly 0.
 
     Args:
         hiddens: ``k`` tensors ``(N, d)`` of normalised hidden states in one dtype, the teacher

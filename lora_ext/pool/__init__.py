@@ -1,4 +1,4 @@
-"""Pool of the adapters of one base model, stored in pages; the rows of a batch may mix adapters."""
+"""Pool of adapters for one base model. The rows of a batch may use different adapters."""
 
 from lora_ext.rows import UnknownAdapterError
 

@@ -24,8 +24,8 @@ class AdapterFolder:
     """Loader of the adapters below one folder. Names and paths may come from untrusted clients.
 
     Args:
-        pool: the pool that the adapters are loaded into.
-        root: the folder.
+        pool: pool into which the adapters are loaded.
+        root: folder with one subfolder per adapter.
 
     Every method may be called from any thread. A load or unload waits while another thread loads an
     adapter. Error messages contain no paths except the one that the caller passed; the details of
@@ -41,8 +41,8 @@ class AdapterFolder:
     def names(self) -> list[str]:
         """Return the sorted names of the folders that contain an ``adapter_config.json``.
 
-        The file is not read. Folders with an invalid name, or with a link to a place outside the
-        root, are omitted. All adapters of the pool are included.
+        The file itself is not read. Folders with an invalid name, or with a link to a place outside
+        the root, are omitted. The names of all adapters in the pool are included.
         """
         found = (file.parent.name for file in self.root.glob("*/adapter_config.json"))
         return sorted({*filter(self._has, found), *self._paths, *self.pool.names})
@@ -67,8 +67,8 @@ class AdapterFolder:
             ValueError: If the name is invalid, the path is outside the root, or
                 :meth:`AdapterPool.load` rejects the files.
             FileNotFoundError: If the path is not an existing folder.
-            PoolFullError: If pinned adapters leave no room on the device, and the host cache has
-                none, either.
+            PoolFullError: If pinned adapters leave no room on the device, and the adapter does not
+                fit in the host cache either.
         """
         _check_name(name)
         found = self._checked(name if path is None else path)
@@ -79,7 +79,7 @@ class AdapterFolder:
     def ready(self, name: str) -> None:
         """Load an adapter if the pool does not have it.
 
-        It is loaded from the path of its last :meth:`load`, or from the folder with its name.
+        The path is that of the adapter's last :meth:`load`; default is the folder with its name.
 
         Raises:
             UnknownAdapterError: If there is no such folder.
@@ -126,15 +126,15 @@ class AdapterFolder:
         self._paths[name] = path
 
     def _read_to_host(self, name: str, path: Path, error: PoolFullError) -> None:
-        """Read an adapter for which only pinned adapters leave no room; its first use copies it.
+        """Read an adapter into the host cache, since ``error`` says that the device is full.
 
         Raises:
-            PoolFullError: If the host cache has no room, too, or if there will never be room.
+            PoolFullError: If the host cache has no room either, or the device is too small.
         """
         if not error.final:
-            if name in self.pool:  # earlier leases keep its old weights
+            if name in self.pool:  # earlier leases keep the old weights
                 self.pool.unload(name)
-            with contextlib.suppress(ValueError):  # larger than the host cache
+            with contextlib.suppress(ValueError):  # raised if larger than the host cache
                 self.pool.prefetch({name: path})
                 return
         raise error

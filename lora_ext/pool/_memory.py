@@ -34,7 +34,7 @@ _READ_WRITE = 3  # CU_MEM_ACCESS_FLAGS_PROT_READWRITE
 
 
 class Memory:
-    """Memory of a device that cannot grow: all bytes are allocated at once.
+    """Memory that cannot grow: all bytes are allocated on the device at once.
 
     Attributes:
         tensor: uint8 ``(nbytes,)``; only the first ``backed`` bytes may be used.
@@ -50,15 +50,15 @@ class Memory:
         self.granularity = 1
 
     def rounded(self, nbytes: int) -> int:
-        """Return the bytes that must be allocated for the use of the first ``nbytes``."""
+        """Return the number of bytes to allocate so that the first ``nbytes`` can be used."""
         whole = -(-nbytes // self.granularity) * self.granularity
         return max(self.least, min(whole, self.nbytes))
 
     def resize(self, nbytes: int) -> None:
         """Set the number of allocated bytes to ``nbytes``, a result of :meth:`rounded`.
 
-        Values after these bytes are lost. Before bytes of a device are freed, this method waits for
-        the queued work of the device.
+        Values after these bytes are lost. Before this method frees memory of a CUDA device, it
+        waits for the queued work of the device.
 
         Raises:
             RuntimeError: If the device has no room; the size is then unchanged.
@@ -66,7 +66,7 @@ class Memory:
 
 
 class HostMemory(Memory):
-    """Memory of the CPU, in a private anonymous mapping."""
+    """CPU memory in a private anonymous mapping."""
 
     def __init__(self, nbytes: int):
         flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
@@ -85,18 +85,18 @@ class HostMemory(Memory):
 class CudaMemory(Memory):
     """Memory of a CUDA device, allocated in pieces of the driver's granularity (usually 2 MiB)."""
 
-    def __init__(self, nbytes: int, index: int, driver: Driver):
-        self.granularity = driver.granularity(index)
-        size = -(-nbytes // self.granularity) * self.granularity
+    def __init__(self, nbytes: int, index: int, driver: Driver, least: int):
+        unit = self.granularity = driver.granularity(index)
+        size, least = -(-nbytes // unit) * unit, max(1, -(-least // unit)) * unit
         self._reservation = Reservation(driver, index, size, self.granularity)
-        # torch queries attributes of the tensor's address, which must be mapped for this.
-        self._reservation.grow(self.granularity)
+        # torch queries attributes of the tensor's address. The query fails for unmapped addresses.
+        self._reservation.grow(least)
         self.tensor = self._reservation.tensor()[:nbytes]
-        self.nbytes, self.least, self.backed = size, self.granularity, self.granularity
+        self.nbytes, self.least, self.backed = size, least, least
         self._index = index
 
     def resize(self, nbytes: int) -> None:
-        """Map memory up to ``nbytes``, or wait for the device and unmap the memory after it."""
+        """Map the first ``nbytes``, or wait for the device and unmap the memory after them."""
         if nbytes > self.backed:
             self._reservation.grow(nbytes)
         elif nbytes < self.backed:
@@ -105,11 +105,13 @@ class CudaMemory(Memory):
         self.backed = nbytes
 
 
-def memory_on(device: torch.device, nbytes: int) -> Memory:
-    """Return memory of ``nbytes`` bytes that can grow if the device supports this.
+def memory_on(device: torch.device, nbytes: int, least: int) -> Memory:
+    """Return memory of ``nbytes`` bytes. The memory can grow if the device supports this.
+
+    On CUDA devices, the first ``least`` bytes are always allocated.
 
     Raises:
-        RuntimeError: If a device has no room.
+        RuntimeError: If the device has no room.
         OSError: If the operating system cannot reserve the addresses.
     """
     if device.type == "cpu":
@@ -118,7 +120,7 @@ def memory_on(device: torch.device, nbytes: int) -> Memory:
         index = torch.cuda.current_device() if device.index is None else device.index
         driver = Driver.load(index)
         if driver is not None:
-            return CudaMemory(nbytes, index, driver)
+            return CudaMemory(nbytes, index, driver, least)
     return Memory(nbytes, device)
 
 
@@ -200,7 +202,7 @@ class Driver:
         return driver if supported.value and not failed else None
 
     def granularity(self, index: int) -> int:
-        """Return the smallest size in bytes in which memory of a device can be mapped."""
+        """Return the size in bytes of the smallest piece of device memory that can be mapped."""
         found = c_size_t(0)
         self("cuMemGetAllocationGranularity", byref(found), byref(_properties(index)), 0)
         return found.value
@@ -230,7 +232,7 @@ class Reservation:
         weakref.finalize(self, _left.append, rest).atexit = False
 
     def tensor(self) -> Tensor:
-        """Return a uint8 tensor ``(size,)`` at these addresses, which keeps them reserved."""
+        """Return a uint8 tensor ``(size,)`` at these addresses; it keeps them reserved."""
         return torch.as_tensor(self, device=torch.device("cuda", self._index))
 
     @property
@@ -242,7 +244,7 @@ class Reservation:
         """Map the first ``nbytes``, a multiple of ``piece``.
 
         Raises:
-            RuntimeError: If the device has no room; nothing is changed then.
+            RuntimeError: If the device has no room; the mapping is then unchanged.
         """
         before = len(self._handles)
         try:
@@ -300,13 +302,13 @@ _left: deque[_Rest] = deque()
 
 
 def give_back() -> None:
-    """Free the memory of deleted reservations, after waiting for the queued work of their devices.
+    """Wait for the queued work of devices with deleted reservations, then free the memory of these.
 
     A pool calls this before it reserves addresses for a module, if a device has no room, and in
-    ``trim()``. A finalizer must not call it, because Python may collect garbage at any point. One
-    such point is the capture of a graph, in which synchronisation raises. Another is a moment in
-    which the queued work waits for a kernel that the thread has not launched yet, such as the other
-    half of a collective; the wait would never end.
+    ``trim()``. A finalizer must not call this, because Python may collect garbage at any point. One
+    such point is during the capture of a graph, where synchronisation raises. Another is while the
+    queued work waits for a kernel that this thread has not launched yet, such as the other half of
+    a collective. Synchronisation would then never return.
 
     Raises:
         RuntimeError: If the device or its driver fails. Reservations that were not freed are kept

@@ -1,12 +1,12 @@
 """Mixtures of a pool: several adapters on one row, without copies of their factors.
 
-A mixture of adapters k = 0, 1, ... is a slot without pages. Its rows of the tables contain the
-pages of all its adapters, one after the other, so one call of an op computes::
+A mixture of adapters k = 0, 1, ... has a slot, but no pages of its own. Its rows in the tables
+list the pages of all its adapters, one after the other, so one call of an op computes::
 
     y[t] = base(x[t]) + sum_k weights[t, k] * scale[k] * B[k] A[k] x[t]
 
-A page has the scale of its adapter (``page_scale``), and its index k (``groups``) selects the
-weight. Rows that have the same adapters share the slot, whatever their weights are.
+For each page, ``page_scale`` is the scale of its adapter, and ``groups`` is the adapter's index k,
+which selects the weight. Rows of a batch with the same adapters share the slot for any weights.
 """
 
 from __future__ import annotations
@@ -22,16 +22,16 @@ _WHERE = "AdapterPool.acquire: names"
 
 
 def joined_rows(store: PageStore, members: Sequence[Resident]) -> dict[str, TableRow]:
-    """Return the rows of a mixture in the tables.
+    """Return a mixture's row in the tables of each module, by module.
 
     Raises:
         NotImplementedError: If an adapter cannot be in a mixture.
-        ValueError: If the adapters have more pages in a module than a row of the tables.
+        ValueError: If the adapters have more pages in a module than a row of its table can list.
     """
     for member in members:
         check_weighted(store, member)
         expected, name = "an ordinary adapter in a mixture", repr(member.name)
-        found = "an activated one (alora_invocation_tokens); use it alone"
+        found = "an aLoRA adapter (alora_invocation_tokens); use it alone"
         require(not member.invocation, _WHERE, name, expected, found, NotImplementedError)
     rows: dict[str, TableRow] = {}
     for module in dict.fromkeys(module for member in members for module in member.rows):
@@ -50,12 +50,12 @@ def joined_rows(store: PageStore, members: Sequence[Resident]) -> dict[str, Tabl
             for page in row.pages[expert * len(row.scales) :][: len(row.scales)]
         ]
         groups = [k for k, row in own for _ in row.scales]
-        rows[module] = TableRow(pages, PAGE * len(scales), scales, groups)
+        rows[module] = TableRow(pages, PAGE * len(scales), scales, groups, (*scales, 0.0)[0])
     return rows
 
 
 def check_weighted(store: PageStore, resident: Resident) -> None:
-    """Raise NotImplementedError if an adapter is more than an update that can be weighted."""
+    """Raise NotImplementedError if an adapter does more than add updates that can be weighted."""
     found = [
         f"{store.modules[module].scaled[resident.slot].kind.title} at {module!r}"
         for module in resident.scaled

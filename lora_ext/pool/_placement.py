@@ -1,4 +1,4 @@
-"""Choice of the slot, the pages and the memory of a new adapter, and of the adapters to evict."""
+"""Choice of the slot, pages and memory for a new adapter, and of the adapters to evict for it."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _AHEAD = 8  # the memory of a module grows in steps of this many pages, which is
 
 
 class PoolFullError(RuntimeError):
-    """Error for an adapter that does not fit in the pool with the pinned adapters.
+    """Error for an adapter that does not fit in the pool in addition to the pinned adapters.
 
     Attributes:
         final: True if the adapter does not fit even if all other adapters are evicted.
@@ -38,8 +38,8 @@ def find_place(
     Victims are chosen in ``order``; pinned adapters are skipped.
 
     Raises:
-        PoolFullError: If there is no room; the message contains what is needed, the pinned adapters
-            and a remedy.
+        PoolFullError: If there is no room. The message names the missing slots, pages or bytes, the
+            pinned adapters and a remedy.
     """
     need = {module: part.a.shape[0] for module, part in packed.modules.items()}
     for module, count in need.items():
@@ -51,13 +51,13 @@ def find_place(
     search = _Search(store, need, packed, name)
     what = repr(name) if name else "making room for mixtures"
     victims: list[Resident] = []
-    slots = store.free_slots if name else [NO_SLOT]  # () only makes room for mixtures
+    slots = store.free_slots if name else [NO_SLOT]  # name () allocates tables, but no slot
     for resident in order:
         lacking, missing = search.lacking(), search.missing_bytes()
         if slots and not lacking and not missing:
             break
         if resident.pins or (slots and not missing and lacking.isdisjoint(resident.pages)):
-            continue  # pinned, or it has no page in a module that lacks pages
+            continue  # pinned, or without pages in the modules that lack pages
         victims.append(resident)
         slots = [*slots, resident.slot]
         search.without(resident)
@@ -93,7 +93,7 @@ def find_place(
 
 
 class _Search:
-    """Free pages and bytes of a store, as if the victims chosen so far were evicted."""
+    """Free pages and bytes that a store would have after the eviction of the victims so far."""
 
     def __init__(self, store: PageStore, need: dict[str, int], packed: PackedAdapter, name: Name):
         self.store, self.need = store, need  # number of needed pages by module
@@ -113,12 +113,12 @@ class _Search:
         vectors = _new_vectors(store, packed)
         mixed: list[tuple[TableBlock, tuple[Tensor, ...]]] = []
         members: dict[torch.device, Tensor] = {}
-        if isinstance(name, tuple) and not store.members:  # the first one
+        if (isinstance(name, tuple) or store.float8) and not store.members:
             mixed = [(block, block.new_mixed()) for block in store.blocks]
             shape = store.max_slots, _entries.MAX_MEMBERS
             for device in store.transfers:
                 members[device] = torch.full(shape, -1, dtype=torch.int32, device=device)
-        if store.members:
+        if store.members or members:
             for block in blocks:
                 block.mixed = block.new_mixed()
         self.tables = blocks, vectors, mixed, members
@@ -131,7 +131,7 @@ class _Search:
         return {module for module, count in self.need.items() if len(self.free[module]) < count}
 
     def missing_bytes(self) -> int:
-        """Return by how many bytes the pool would exceed ``max_bytes``.
+        """Return by how many bytes the new adapter makes the pool exceed ``max_bytes``.
 
         The memory of every module is assumed to end at its last used page.
         """
@@ -146,14 +146,14 @@ class _Search:
         return slab.bytes_for(free[: len(free) - self.need.get(module, 0)], round_up)
 
     def without(self, resident: Resident) -> None:
-        """Count the pages and bytes of a resident as free."""
+        """Add the pages and bytes of a resident to the free ones."""
         self.others -= self.store.replaced_bytes_of(resident.slot)
         for module, pages in resident.pages.items():
             free = self.free.get(module, self.store.slabs[module].free)
             self.free[module] = sorted([*free, *pages], reverse=True)
 
     def placement(self, slot: int, victims: list[Resident], packed: PackedAdapter) -> Placement:
-        """Return the placement of the new adapter in a slot, after the eviction of the victims."""
+        """Return the placement of the new adapter in ``slot``, once the victims are evicted."""
         sizes = self._sizes()
         pages = {m: [self.free[m].pop() for _ in range(count)] for m, count in self.need.items()}
         rooms = {m: _room_for(self.store, m, whole) for m, whole in packed.replaced.items()}
@@ -165,7 +165,7 @@ class _Search:
         """Return the bytes of pages before and after the placement, for modules that change.
 
         Memory grows in steps of `_AHEAD` pages if this does not exceed ``max_bytes``, and otherwise
-        by the pages that are needed. If even this exceeds the limit, the memory of every module is
+        by the pages that are needed. If even these exceed the limit, the memory of every module is
         cut off after its last used page.
         """
         kept = {module: slab.memory.backed for module, slab in self.slabs.items()}
@@ -194,7 +194,7 @@ def _room_for(store: PageStore, module: str, whole: Replaced) -> Replaced:
 
 
 def _new_vectors(store: PageStore, packed: PackedAdapter) -> dict[tuple[str, str], Tensor]:
-    """Return new tables by module and field, for the vectors of an adapter that have none yet."""
+    """Return new tables by module and field, for an adapter's vectors without a table so far."""
     found = {}
     for module, part in packed.modules.items():
         device = store.index.specs[module].device
@@ -208,7 +208,7 @@ def _new_vectors(store: PageStore, packed: PackedAdapter) -> dict[tuple[str, str
 
 
 def resize(store: PageStore, place: Placement) -> None:
-    """Resize the memory of pages for a placement; only pages of its victims are lost.
+    """Resize the memory of pages for a placement. Only the victims lose pages.
 
     Raises:
         MemoryError: If a device has no room. Call :func:`set_sizes` to undo the changes.
@@ -225,12 +225,12 @@ def resize(store: PageStore, place: Placement) -> None:
 
 
 def set_sizes(store: PageStore, place: Placement, sizes: dict[str, int]) -> None:
-    """Set the allocated bytes of each module's pages. The previous sizes undo a :func:`resize`.
+    """Set the allocated bytes of each module's pages. Earlier sizes undo a call of :func:`resize`.
 
     Raises:
         RuntimeError: If a device has no room.
     """
     slabs = store.slabs | place.slabs
-    # Modules that shrink come first, so their memory is free when others grow.
+    # Shrink modules first, so that others can grow into the freed memory.
     for module, size in sorted(sizes.items(), key=lambda s: s[1] - slabs[s[0]].memory.backed):
         slabs[module].memory.resize(size)

@@ -25,12 +25,12 @@ _REMEMBERED = 1024  # maximum number of names of dropped adapters that are kept 
 
 
 class PoolLock:
-    """Reentrant lock that can run jobs when its thread releases it.
+    """Reentrant lock that can run jobs when the thread that holds it releases it.
 
-    Python may collect garbage at any point. If a generator that is suspended inside a block is
-    collected, the end of its block releases adapters, possibly in the middle of a load in the same
-    thread. A reentrant lock does not prevent this. A release is therefore passed to :meth:`at_end`,
-    which delays it until the thread releases the lock.
+    Python may collect garbage at any point. If it collects a generator that is suspended inside an
+    ``adapters`` block, the end of the block releases adapters, possibly in the middle of a load in
+    the same thread. A reentrant lock does not prevent this. :meth:`at_end` therefore delays the
+    release of the adapters until the thread releases the lock.
     """
 
     def __init__(self) -> None:
@@ -59,9 +59,9 @@ class PoolLock:
 
 
 class HostCache(UserDict[str, PackedAdapter]):
-    """Adapters in host memory by name, in the order of their last use.
+    """Adapters in host memory by name, the least recently used first.
 
-    If they need more than ``limit`` bytes, :meth:`put` drops the least recently used ones.
+    If the adapters need more than ``limit`` bytes, :meth:`put` drops the first ones.
     """
 
     def __init__(self, limit: int):
@@ -81,9 +81,9 @@ class HostCache(UserDict[str, PackedAdapter]):
         super().__delitem__(name)
 
     def put(self, name: str, adapter: PackedAdapter) -> None:
-        """Add an adapter; drop the least recently used ones until the rest fits.
+        """Add an adapter; drop the least recently used ones until the others fit.
 
-        The new adapter is dropped only if it alone exceeds the limit.
+        The new adapter itself is dropped only if it alone exceeds the limit.
         """
         self[name] = adapter
         while self.nbytes > self.limit:
@@ -101,7 +101,7 @@ class HostCache(UserDict[str, PackedAdapter]):
 
 
 class Residence:
-    """Adapters of a pool by name. The pool holds ``lock`` during every method."""
+    """Adapters of a pool by name. Callers hold ``lock`` during every method."""
 
     def __init__(self, store: PageStore, host_cache_bytes: int):
         self.lock = PoolLock()
@@ -109,7 +109,7 @@ class Residence:
         self.by_name: OrderedDict[Name, Resident] = OrderedDict()
         self.cache = HostCache(host_cache_bytes)  # adapters that are not on the device
         self.counts = Counter(loads=0, evictions=0, cache_hits=0)
-        self.generations = itertools.count(1)  # numbers of later loads
+        self.generations = itertools.count(1)  # yields the number of the next load
         self._store = store
 
     @property
@@ -159,9 +159,9 @@ class Residence:
             self._retire_mixtures([resident])
 
     def bring_back(self, names: Iterable[Name | None]) -> None:
-        """Copy adapters back to the device, and publish mixtures that have no slot yet.
+        """Copy adapters back to the device, and give slots to mixtures that have none.
 
-        No adapter and no mixture in ``names`` is evicted.
+        No adapter or mixture in ``names`` is evicted for another one.
         """
         wanted_names = dict.fromkeys(n for n in names if n is not None and n != BASE)
         mixtures = [name for name in wanted_names if isinstance(name, tuple)]
@@ -171,8 +171,8 @@ class Residence:
         held = [self.by_name[n] for n in {*singles, *mixtures} if n in self.by_name]
         for resident in held:
             resident.pins += 1
-        # All absent adapters are removed from the cache first. Otherwise the cache could drop one
-        # of them when it receives an adapter that is evicted for another one.
+        # Remove all absent adapters from the cache first. Otherwise the cache could drop one of
+        # them to make room for an adapter that is evicted from the device.
         wanted = {name: self.cache.pop(name) for name in dict.fromkeys(absent)}
         try:
             for name in list(wanted):
@@ -189,7 +189,7 @@ class Residence:
         finally:
             for resident in held:
                 resident.pins -= 1
-            for name, adapter in wanted.items():  # not with put(), which might drop some of them
+            for name, adapter in wanted.items():  # without put(), which might drop some adapters
                 self.cache[name] = adapter
 
     # Pages must not be inference tensors: they are saved for backward, and later loads outside of
@@ -199,8 +199,8 @@ class Residence:
     def install(self, name: Name, packed: PackedAdapter, members: Sequence[Resident] = ()) -> None:
         """Write an adapter to a free slot, then assign its name to the slot.
 
-        If the name is in use, its previous slot is freed as soon as it is not pinned. A mixture has
-        ``members``, and ``packed`` has no modules.
+        If the name is in use, its previous slot is freed as soon as that slot is not pinned. For a
+        mixture, ``members`` are its adapters and ``packed`` has no modules.
         """
         old = self.by_name.get(name)
         order = [*([old] if old else []), *(r for r in self.by_name.values() if r is not old)]
@@ -215,14 +215,15 @@ class Residence:
         for module, part in packed.modules.items():
             n = len(part.a) // self._store.index.specs[module].experts
             pages = place.pages[module]
-            place.rows[module] = TableRow(pages, part.rank, [part.scale] * n, [0] * n)
+            scales = [*part.scales] or [part.scale] * n
+            place.rows[module] = TableRow(pages, part.rank, scales, [0] * n, part.scale)
         try:
             resize(self._store, place)
             written = self._store.upload(packed, place)
         except BaseException:
             self._undo(place, saved)
             raise
-        # Only Python assignments follow, so an error cannot interrupt the change.
+        # Only Python assignments follow, so no error can leave the pool half changed.
         config, pages = packed.config, place.pages
         rank = max((row.rank for row in place.rows.values()), default=0)
         resident = Resident(name, place.slot, config, pages, rank, packed.nbytes, place.rows)
@@ -276,10 +277,10 @@ class Residence:
         return True
 
     def prepare_mixtures(self) -> None:
-        """Allocate the tables that mixtures need, unless there was a mixture already."""
+        """Allocate the tables that mixtures need, unless they exist already."""
         if not self._store.members:
             self.install((), PackedAdapter(AdapterConfig(), {}))
-            del self.by_name[()]  # it has no slot
+            del self.by_name[()]  # () is not a mixture and has no slot
 
     def _retire(self, resident: Resident) -> None:
         resident.retired = True
@@ -287,7 +288,7 @@ class Residence:
             self._store.vacate(resident)
 
     def _retire_mixtures(self, gone: Iterable[Resident]) -> None:
-        """Remove the mixtures of adapters that have left their slots or lost their names."""
+        """Remove the mixtures that contain an adapter in ``gone``."""
         serials = {resident.serial for resident in gone}
         for mixture in list(self.by_name.values()):
             if any(member.serial in serials for member in mixture.members):
@@ -299,14 +300,14 @@ class Residence:
     def pin(
         self, names: Sequence[Name | None], weighted: Iterable[str] = ()
     ) -> tuple[list[int], list[Resident]]:
-        """Pin one adapter or mixture per entry; if an error is raised, nothing is pinned.
+        """Pin one adapter or mixture per entry; if an error is raised, pin nothing.
 
         Args:
             names: names of adapters and of mixtures, None or :data:`BASE` for the base model.
-            weighted: those of the names that have a weight other than 1.
+            weighted: the names that have a weight other than 1.
 
         Returns:
-            The slots, with -1 for the base model, and the residents of all other entries.
+            The slot of each entry, -1 for the base model, and the residents of all other entries.
         """
         now, slots, pinned = time.time(), [], []
         if any(n is not None and n != BASE and n not in self.by_name for n in names):
@@ -318,7 +319,7 @@ class Residence:
                 slots.append(NO_SLOT)
                 continue
             resident = self.by_name[name]
-            # A mixture is older than its adapters, so it is evicted before them.
+            # Move a mixture before its adapters to the end, so that it is evicted before them.
             for each in (resident, *resident.members):
                 if each.written:
                     if all([transfer.before_reading(job) for transfer, job in each.written]):
@@ -343,7 +344,7 @@ class Residence:
                 each.pins += 1
 
     def unpin(self, slots: Sequence[int], checked: bool) -> None:
-        """Remove one pin per entry except -1.
+        """Remove one pin per entry of ``slots`` except -1.
 
         Unless ``checked``, raise ValueError if a slot has fewer pins than entries.
         """
@@ -352,7 +353,7 @@ class Residence:
             resident = residents[slot] if 0 <= slot < len(residents) else None
             pins, asked = resident.pins if resident else 0, slots.count(slot)
             require(asked <= pins, "AdapterPool.release", f"slot {slot}", f"{asked} pins", pins)
-        # Steps in the stream's queue may still read the pages; later copies to them must wait.
+        # Queued steps may still read the pages. Later copies to these pages must wait for them.
         for transfer in self._store.transfers.values():
             transfer.mark_use()
         for slot in slots:

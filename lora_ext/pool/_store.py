@@ -1,7 +1,7 @@
 """Slots, pages and tables of a pool on the device. ``_residence.py`` manages adapters by name.
 
-A new adapter is written to pages and a slot that no forward uses; only then does the pool publish
-its name. The pool holds its lock during every method of this file.
+A new adapter is written to pages and a slot that no forward uses. Afterwards the pool publishes the
+adapter: it assigns the name to the slot. The pool holds its lock during every method of this file.
 """
 
 from __future__ import annotations
@@ -41,23 +41,23 @@ serials = itertools.count(1)  # numbers of versions of adapters, and of their we
 
 @dataclass
 class Resident:
-    """Adapter in a slot, or a mixture: the adapters ``members``, which have their own slots.
+    """Adapter in a slot, or a mixture of the adapters ``members``, which have other slots.
 
-    After its name is published, only ``written``, ``last_use``, ``pins`` and ``retired`` change.
+    After publication, only ``written``, ``last_use``, ``pins`` and ``retired`` change.
     """
 
     name: Name
     slot: int
     config: AdapterConfig
-    pages: dict[str, list[int]]
+    pages: dict[str, list[int]]  # by module
     rank: int  # largest rank in any module
     nbytes: int
     rows: dict[str, TableRow]
-    invocation: tuple[int, ...] = ()  # tokens that activate an activated adapter (aLoRA)
+    invocation: tuple[int, ...] = ()  # tokens that activate an aLoRA adapter
     written: Written = field(default_factory=list)  # emptied when all copies are done
     last_use: float = field(default_factory=time.time)  # time of the load or the last acquire
     pins: int = 0
-    retired: bool = False  # no name refers to this slot any more; the last unpin frees it
+    retired: bool = False  # no name refers to this slot any more; removing the last pin frees it
     #: Modules whose outputs the adapter scales, and whether it scales the bias, too.
     scaled: dict[str, bool] = field(default_factory=dict)
     befores: frozenset[str] = frozenset()  # modules whose inputs the adapter scales
@@ -71,13 +71,13 @@ class Resident:
 class Placement:
     """Slot, pages and memory of a new adapter, chosen before the store is changed."""
 
-    slot: int  # NO_SLOT for tables alone
+    slot: int  # NO_SLOT if only tables are allocated
     pages: dict[str, list[int]]
     rows: dict[str, TableRow] = field(default_factory=dict)
     of_members: list[int] = field(default_factory=list)  # slots of the adapters of a mixture
     free: dict[str, list[int]] = field(default_factory=dict)  # free pages after `commit`
     victims: list[Resident] = field(default_factory=list)
-    # `commit` adds the contents of the next six fields, which are new, to the store.
+    # The next six fields contain new memory, which `commit` adds to the store.
     slabs: dict[str, Slab] = field(default_factory=dict)
     blocks: list[TableBlock] = field(default_factory=list)
     #: Tables of vectors by module and field of :class:`ModuleSlab`.
@@ -92,8 +92,8 @@ class Placement:
 class PageStore:
     """Memory for up to ``max_slots`` adapters, with ``pages`` pages per module.
 
-    The addresses of a module's pages are reserved when the first adapter targets the module; memory
-    is allocated for the pages when they are used. In total, at most ``max_bytes`` are allocated.
+    The addresses of a module's pages are reserved when the first adapter targets the module. Memory
+    for the pages is allocated when they are used, at most ``max_bytes`` in total.
     """
 
     def __init__(
@@ -104,13 +104,17 @@ class PageStore:
         self.max_slots = max_slots
         self.pages = pages
         self.modules = {
-            name: ModuleSlab(spec.in_features, spec.out_features, experts=spec.experts)
+            name: ModuleSlab(
+                spec.in_features, spec.out_features, spec.dtype, spec.float8, experts=spec.experts
+            )
             for name, spec in index.specs.items()
         }
+        #: Whether pages have scales, so that the tables of mixtures are needed from the start.
+        self.float8 = any(spec.float8 for spec in index.specs.values())
         self.residents: list[Resident | None] = [None] * max_slots
         self.slabs: dict[str, Slab] = {}
         self.blocks: list[TableBlock] = []
-        self._replacing: set[str] = set()  # modules that an adapter has replaced
+        self._replacing: set[str] = set()  # modules that any adapter has replaced so far
         self.max_rank, self.max_pages = max_rank, page_count(max_rank)
         self.free_slots = list(range(max_slots - 1, -1, -1))  # the last one is used next
         devices = {spec.device for spec in index.specs.values()}
@@ -132,7 +136,7 @@ class PageStore:
 
     @property
     def table_bytes(self) -> int:
-        """Bytes of tables and vectors."""
+        """Bytes allocated on the devices for tables and vectors."""
         vectors = [getattr(view, name) for view in self.modules.values() for name in VECTORS]
         vector_bytes = sum(v.nbytes for v in vectors if v is not None)
         vector_bytes += sum(table.nbytes for table in self.members.values())
@@ -140,22 +144,22 @@ class PageStore:
 
     @property
     def replaced_bytes(self) -> int:
-        """Bytes of the weights and biases with which adapters replace modules."""
+        """Bytes of the weights and biases that adapters use in place of the base model's."""
         return sum(self.replaced_bytes_of(slot) for slot in range(self.max_slots))
 
     def replaced_bytes_of(self, slot: int) -> int:
-        """Return the bytes of the weights and biases with which one slot replaces modules."""
+        """Return the bytes of the weights and biases that one slot uses in place of the base's."""
         wholes = [self.modules[name].replaced.get(slot) for name in self._replacing]
         return sum(whole.nbytes for whole in wholes if whole)
 
     @property
     def reserved_bytes(self) -> int:
-        """Bytes allocated on the devices."""
+        """Bytes allocated on the devices in total."""
         return self.page_bytes + self.table_bytes + self.replaced_bytes
 
     @property
     def limit_bytes(self) -> int:
-        """Bytes of ``pages`` pages in every module, or ``max_bytes`` if that is less."""
+        """Bytes of ``pages`` pages in every module, or ``max_bytes`` if this is smaller."""
         specs = self.index.specs.values()
         pages = sum(self.pages * spec.experts * page_bytes(spec) for spec in specs)
         return pages if self.max_bytes is None else min(pages, self.max_bytes)
@@ -178,8 +182,8 @@ class PageStore:
 
         Returns:
             The copies, which may still be queued, for :attr:`Resident.written`. If the placement
-            contains new tables or pages, this method waits for the copies, because forwards with
-            other slots read these tensors, too.
+            contains new tables or pages, this method waits until the copies are done, because
+            forwards with other slots read these tensors, too.
         """
         slot, slabs = place.slot, self.slabs | place.slabs
         jobs: dict[torch.device, list[tuple[Tensor, Tensor]]] = {d: [] for d in self.transfers}
@@ -247,7 +251,8 @@ class PageStore:
             vectors = {n: to_host(t[resident.slot]) for n, t in tables.items() if t is not None}
             rank, scale = int(view.ranks[row]), float(view.scale[row])
             of_bias = resident.scaled.get(module, False)
-            modules[module] = PackedModule(a, b, rank, scale, of_bias, **vectors)
+            scales = resident.rows[module].scales
+            modules[module] = PackedModule(a, b, rank, scale, of_bias, scales, **vectors)
         replaced = {
             module: whole.each(to_host)
             for module in self._replacing
@@ -256,12 +261,12 @@ class PageStore:
         return PackedAdapter(resident.config, modules, replaced, generation=resident.generation)
 
     # ---------------------------------------------------------------------------------------------
-    # Publication and removal: only Python assignments, so an error cannot interrupt them
+    # Publication and removal: only Python assignments, so no error can leave the store half changed
 
     def commit(self, place: Placement, resident: Resident) -> None:
-        """Publish an adapter: add the memory of its placement to the store and the modules.
+        """Publish an adapter: add its placement's memory to the store, and free the victims' slots.
 
-        The slots of the victims are freed.
+        The views of the modules then refer to new tables and pages.
         """
         self.slabs |= place.slabs
         self.blocks += place.blocks
@@ -287,7 +292,7 @@ class PageStore:
                 view.members = self.members[block.scale.device]
         for (module, name), table in place.vectors.items():
             setattr(self.modules[module], name, table)
-        # Pages are set after the tables, because a forward checks a_pages before it reads tables.
+        # Set the pages after the tables, because a forward reads the tables if it finds a_pages.
         for name, slab in place.slabs.items():
             self.modules[name].b_pages = slab.b
             self.modules[name].a_pages = slab.a
@@ -308,7 +313,7 @@ class PageStore:
                 view.scaled = scaled
 
     def mix(self, width: int) -> None:
-        """Make compiled graphs read at least ``width`` weights per row, and a power of two."""
+        """Make compiled graphs read ``width`` or more weights per row, rounded to a power of 2."""
         if width > self.mixed:
             self.mixed = 1 << (width - 1).bit_length()
             for view in self.modules.values():
@@ -317,7 +322,7 @@ class PageStore:
     def vacate(self, resident: Resident) -> None:
         """Free the slot and the pages of an adapter.
 
-        The rows of its slot in the tables remain until the next adapter overwrites them.
+        The slot's rows in the tables remain until the next adapter overwrites them.
         """
         self._free(resident.slot)
         for module, pages in resident.pages.items():

@@ -10,29 +10,29 @@ from torch import Tensor
 
 
 def copy_(destination: Tensor, source: Tensor) -> None:
-    """Copy a tensor. The pool writes all pages and tables with this function."""
+    """Copy ``source`` to ``destination``. All writes to pages and tables call this function."""
     destination.copy_(source, non_blocking=True)
 
 
 def to_host(tensor: Tensor) -> Tensor:
-    """Copy a tensor to host memory, pinned for a CUDA tensor, and wait for the copy."""
+    """Copy a tensor to host memory, which is pinned for a CUDA tensor, and wait for the copy."""
     host = torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu", pin_memory=tensor.is_cuda)
     return host.copy_(tensor)
 
 
 class Transfer:
-    """Copies to tensors on the CPU, which are done when :meth:`run` returns."""
+    """Copies to tensors on the CPU. All of them are done when :meth:`run` returns."""
 
     def mark_use(self) -> None:
-        """Record that the work queued on the current stream may still read pages being freed."""
+        """Record that work queued on the current stream may read pages that are unpinned now."""
 
     def run(self, jobs: Iterable[tuple[Tensor, Tensor]], wait: bool) -> Any:
         """Copy sources to destinations.
 
         Args:
-            jobs: pairs of destination and source. Sources of copies to a CUDA device are in pinned
-                memory.
-            wait: whether to wait until the copies are done; otherwise they may still be queued.
+            jobs: pairs of destination and source. Sources of copies to a CUDA device must be in
+                pinned memory.
+            wait: whether to wait until the copies are done. If False, they may still be queued.
 
         Returns:
             The value to pass as ``written`` to the other methods.
@@ -59,11 +59,11 @@ class StreamTransfer(Transfer):
 
     The copies run on a side stream. They begin after all work that may still read the overwritten
     memory: the work queued on the caller's stream, and all steps whose pins have been released. An
-    event marks the end of the copies, and a stream that reads their results waits for the event.
-    This class has not run on a device yet: the order is tested with a mock of streams.
+    event marks the end of the copies, and a stream that reads the copied values waits for it.
+    This class has not run on a device yet; tests check the order with a mock of streams.
 
     Args:
-        device: the CUDA device.
+        device: CUDA device of the destinations.
         cuda: ``torch.cuda``, or its mock in a test.
     """
 
@@ -81,7 +81,7 @@ class StreamTransfer(Transfer):
     def run(self, jobs: Iterable[tuple[Tensor, Tensor]], wait: bool) -> Any:
         """Queue the copies; return an event that is recorded after them."""
         side = self._side = self._side or self._cuda.Stream(self._device)
-        # The current stream may also still initialise new tables.
+        # The current stream may still be initialising new tables, too.
         side.wait_stream(self._cuda.current_stream(self._device))
         for event in self._last_use.values():
             side.wait_event(event)
@@ -118,8 +118,8 @@ class StreamTransfer(Transfer):
     def check_outside_capture(self) -> None:
         """Raise RuntimeError if the current stream is capturing a graph.
 
-        A graph cannot wait for an event that was recorded outside of it. Moreover, a pin that is
-        released after the capture does not protect later replays.
+        A graph cannot wait for an event that was recorded outside of the capture. Moreover, a pin
+        that is released after the capture does not protect adapters in later replays.
         """
         if self._cuda.is_current_stream_capturing():
             raise RuntimeError(

@@ -1,4 +1,4 @@
-"""AdapterPool: many adapters of a base model in pages, loaded and evicted while the model runs."""
+"""``AdapterPool``: adapters of one base model, loaded and evicted while the model runs."""
 
 from __future__ import annotations
 
@@ -23,7 +23,14 @@ from lora_ext.adapter import (
 )
 from lora_ext.rows import Entry, _entries
 
-from ._pages import PackedAdapter, in_one_mapping, in_words, page_count, read_packed
+from ._pages import (
+    PackedAdapter,
+    in_one_mapping,
+    in_words,
+    page_count,
+    read_packed,
+    with_float8_pages,
+)
 from ._residence import Residence
 from ._store import PageStore, Resident
 
@@ -33,7 +40,7 @@ Source = AdapterSource | LoraAdapter | nn.Module
 class Lease(list[int]):
     """List of pinned slots, with -1 for the base model; a context manager that releases the pins.
 
-    A pinned adapter is not evicted, and its slot does not change.
+    While an adapter is pinned, it is not evicted and its slot does not change.
     """
 
     def __init__(
@@ -46,14 +53,14 @@ class Lease(list[int]):
 
     @property
     def invocations(self) -> list[tuple[int, ...]]:
-        """Invocation of each pinned adapter: the tokens that activate it (aLoRA).
+        """Tokens that activate each pinned adapter (aLoRA).
 
-        It is empty for adapters that apply to all tokens.
+        The tuple is empty for adapters that apply to all tokens.
         """
         return [resident.invocation for resident in self.residents]
 
     def renew(self) -> None:
-        """Pin the same adapters again after a release, for a backward that recomputes layers.
+        """Pin the same adapters again after a release, for checkpointing in the backward pass.
 
         Raises:
             RuntimeError: If one of the adapters was unloaded, updated or evicted in the meantime.
@@ -75,20 +82,21 @@ class AdapterPool:
     factors are stored in pages, each with eight consecutive ranks of one module.
 
     Args:
-        model: the base model; only a weak reference to it is kept. Its linear and embedding layers
-            are found by name.
+        model: base model, of which the pool keeps only a weak reference. Adapters refer to its
+            linear and embedding layers by name.
         max_slots: maximum number of adapters on the device at the same time.
         max_rank: largest rank of any adapter in any module; a multiple of 8 wastes no memory.
-        pages: maximum number of pages of a module, or of each of its experts; default ``max_slots *
-            ceil(max_rank / 8)``, so that any ``max_slots`` adapters fit. Memory is allocated when
-            pages are first used.
+        pages: maximum number of pages per module, or per expert of an experts module; default is
+            ``max_slots * ceil(max_rank / 8)``, so that any ``max_slots`` adapters fit. Memory is
+            allocated when pages are first used.
         dtype, device: dtype and device of the pages; default is the dtype and device of each
-            module.
+            module. ``torch.float8_e4m3fn`` (ordinary adapters up to rank 256) takes half the bytes
+            of 16 bits, but rounds each value to 4 significant bits.
         targets: modules that adapters may target (names, suffixes, or a regex); default is all.
         host_cache_bytes: maximum bytes of evicted adapters that are kept in host memory.
         max_bytes: maximum bytes that the pool allocates on its devices for pages, tables and
             replaced modules in total. To stay below it, the pool evicts the least recently used
-            adapters. By default only ``pages`` limits the memory.
+            adapters. By default, only ``pages`` limits the memory.
 
     Every method may be called from any thread. A method that raises does not change the pool. If
     the configuration of an adapter names another base model, the adapter is loaded with a warning.
@@ -119,7 +127,9 @@ class AdapterPool:
         self.targets = targets if isinstance(targets, str | None) else tuple(targets)
         self.pages = pages if pages is not None else max_slots * page_count(max_rank)
         self.max_bytes = max_bytes
-        self.index = ModelIndex.build(model, self.targets, dtype, device)
+        float8 = dtype == torch.float8_e4m3fn
+        index = ModelIndex.build(model, self.targets, None if float8 else dtype, device)
+        self.index = with_float8_pages(index, max_rank) if float8 else index
         self.base_models = BaseModels(model_name(model))
         self._store = PageStore(self.index, max_slots, max_rank, self.pages, max_bytes)
         self.modules = {name: self._store.modules[name] for name in self.index.modules}
@@ -156,10 +166,10 @@ class AdapterPool:
 
         Args:
             name: new name, not used by another adapter of the pool.
-            source: directory that PEFT has saved; pair ``(config, state_dict)``;
+            source: directory in PEFT's format; pair ``(config, state_dict)``;
                 :class:`LoraAdapter`; or a model with adapter layers of PEFT or :mod:`lora_ext.nn`,
                 whose adapter is read as PEFT would save it.
-            strict: whether unused keys and fields raise ValueError; if False, they are skipped.
+            strict: whether unused keys or config fields raise ValueError; if False, skip them.
             adapter_name: name of the adapter to read if ``source`` is a model; default is the
                 active adapter.
 
@@ -168,8 +178,8 @@ class AdapterPool:
 
         Raises:
             TypeError: If ``strict`` is neither True nor False.
-            ValueError: If the name or content is invalid; the message names the file, the key,
-                and the expected and the found value.
+            ValueError: If the name or content is invalid. The message contains the file, the key,
+                and the expected and found values.
             NotImplementedError: If the adapter uses a feature of PEFT that the pool lacks.
             PoolFullError: If there is no room because other adapters are pinned.
         """
@@ -189,11 +199,11 @@ class AdapterPool:
     ) -> tuple[str, ...]:
         """Replace an adapter: write the new weights to another slot, then assign the name to it.
 
-        Existing leases keep the old slot with the old weights, until the last one is released.
+        The old slot keeps the old weights until the last existing lease of it is released.
 
         Args:
             name: name of an adapter in the pool.
-            source: see :meth:`load`; or only a state dict, which keeps the current config.
+            source: see :meth:`load`; or only a state dict, which is read with the current config.
             strict, adapter_name: see :meth:`load`.
         """
         with self._lock:
@@ -222,11 +232,11 @@ class AdapterPool:
     ) -> list[str]:
         """Read adapters into the host cache, so that their first :meth:`acquire` only copies them.
 
-        Either all adapters are added, or none if one fails.
+        If one adapter fails, no adapter is added.
 
         Args:
-            sources: mapping from name to source, or directories; the name of a directory's adapter
-                is the last component of the path.
+            sources: mapping from name to source, or paths of directories, whose last components
+                are the names of the adapters.
             strict: see :meth:`load`.
 
         Returns:
@@ -282,16 +292,16 @@ class AdapterPool:
 
         An entry may also be ``(name, weight)``, which has the slot of the adapter, or a mixture
         ``{name: weight, ...}``. A mixture of two or more adapters has a slot without pages, which
-        all mixtures of the same adapters share. It is freed if an adapter of the mixture is
+        all mixtures of the same adapters share. This slot is freed if an adapter of the mixture is
         updated, unloaded or evicted, or if another adapter needs the slot. Adapters of a pinned
         mixture are pinned, too.
 
         Raises:
             UnknownAdapterError: If a name is unknown; the message contains close matches.
             TypeError, ValueError: If an entry or its weight is invalid; ValueError also if the
-                adapters of a mixture have more pages in a module than an adapter of ``max_rank``.
+                adapters of a mixture together need more than ``ceil(max_rank / 8)`` pages.
             NotImplementedError: If an adapter that rescales or replaces modules is in a mixture or
-                has a weight other than 1, or an activated adapter is in a mixture.
+                has a weight other than 1, or an aLoRA adapter is in a mixture.
             PoolFullError: If the device has no room for an evicted adapter.
             RuntimeError: If the current stream is capturing a graph.
         """
@@ -317,10 +327,10 @@ class AdapterPool:
             return lease
 
     def prepare_mixtures(self, width: int = 2) -> None:
-        """Prepare layers and compiled graphs for ``width`` weights per row.
+        """Prepare layers and compiled graphs for ``width`` weights per row of a batch.
 
-        Otherwise the first mixture allocates the tables of mixtures. A captured step reads them, so
-        :func:`lora_ext.capturable` calls this method.
+        Without this call, the first mixture allocates the tables of mixtures. A captured graph
+        needs them earlier, so :func:`lora_ext.capturable` calls this method.
 
         Raises:
             PoolFullError: If ``max_bytes`` leaves no room.
@@ -351,7 +361,7 @@ class AdapterPool:
             self._lock.at_end(unpin)
 
     def invocation(self, name: str) -> tuple[int, ...]:
-        """Return the tokens that activate an activated adapter (aLoRA); empty for other adapters.
+        """Return the tokens that activate an aLoRA adapter, or an empty tuple for other adapters.
 
         Raises:
             UnknownAdapterError: If the pool has no such adapter.
@@ -362,8 +372,8 @@ class AdapterPool:
     def generation(self, name: str) -> int | None:
         """Return the generation of an adapter, or None if the pool has no such adapter.
 
-        Each load, update or prefetch gives an adapter a larger number than all earlier ones of this
-        pool had. An eviction to the host cache does not change the number.
+        The generation is a number that each load, update or prefetch sets to a larger value than
+        all earlier ones in this pool. An eviction to the host cache does not change it.
         """
         with self._lock:
             return self._residence.generation_of(name)
@@ -379,9 +389,9 @@ class AdapterPool:
 
     @property
     def host_cache_bytes(self) -> int:
-        """Maximum bytes of evicted adapters in host memory.
+        """Maximum bytes of evicted adapters in host memory; can be set.
 
-        A change takes effect at the next eviction.
+        A new value takes effect at the next eviction.
         """
         return self._residence.cache.limit
 
@@ -392,19 +402,19 @@ class AdapterPool:
 
     @property
     def limit_bytes(self) -> int:
-        """Maximum bytes of pages that the pool may allocate."""
+        """Maximum bytes that the pool may allocate for pages."""
         return self._store.limit_bytes
 
     def nbytes(self) -> int:
-        """Return the bytes that are allocated for pages.
+        """Return the number of bytes that are allocated for pages.
 
-        If there is room, the allocation of a module grows in steps of at least eight pages.
+        If there is room, a module's allocation grows in steps of at least eight pages.
         """
         with self._lock:
             return self._store.page_bytes
 
     def stats(self) -> dict[str, Any]:
-        """Return the current statistics.
+        """Return statistics of slots, memory, adapters and past events.
 
         Returns:
             A dict with these keys:
@@ -437,7 +447,7 @@ class AdapterPool:
             return self._store.trim()
 
     def __repr__(self) -> str:
-        """Return the settings, the memory of pages and the number of adapters."""
+        """Return a string with the settings, the bytes of pages and the number of adapters."""
         count = len(self.names)
         return (
             f"AdapterPool(max_slots={self.max_slots}, max_rank={self.max_rank}, "

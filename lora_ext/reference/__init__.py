@@ -1,8 +1,8 @@
 """Reference implementations of all ops in plain torch: slow but readable, and without kernels.
 
 A function has the name of its op. If its docstring contains only the formula, :mod:`lora_ext.ops`
-documents the arguments, shapes, results and sources. Here wrong arguments raise torch's errors.
-Tests use the float64 results of these functions as exact.
+documents the arguments, shapes, results and sources. Wrong arguments raise errors of torch. Tests
+treat the float64 results of these functions as exact.
 """
 
 # pyright: reportUnusedImport=false

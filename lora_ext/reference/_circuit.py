@@ -157,7 +157,7 @@ def circuit_scan(
     trans: Tensor | None = None,
     x: Tensor | None = None,
 ) -> CircuitScan:
-    """Compute :func:`lora_ext.ops.circuit_scan` by its formula, one position at a time."""
+    """Compute the result of :func:`lora_ext.ops.circuit_scan`, one position at a time."""
     e = leaf.to(accumulator(leaf.dtype))
     if x is not None:
         e = _observe(log_softmax(e), x)
@@ -197,10 +197,9 @@ def circuit_conditional_dist(
 def draw(p: Tensor, uniform: Tensor) -> Tensor:
     """Draw an index with probability proportional to its weight.
 
-    It is the smallest index with a positive weight and a running sum above ``uniform * total``. If
-    no running sum is larger because of rounding, it is the last index with a positive weight. If
-    all weights are zero, it is 0. Sums are float64, so that small weights after large ones are not
-    lost.
+    The result is the smallest index with a positive weight and a running sum above
+    ``uniform * total``; the last index with a positive weight if rounding leaves no such sum; or 0
+    if all weights are zero. Sums are float64, so that small weights after large ones are not lost.
 
     Args:
         p: Weights ``(B, N)`` of N indices.
@@ -223,7 +222,7 @@ def circuit_sample(
     uniforms: Tensor,
     evidence: Tensor | None = None,
 ) -> CircuitSample:
-    """Draw exact samples of a window, with the log-probability of each token given its prefix.
+    """Draw one exact sample per row, and compute ``log q`` of each token given its prefix.
 
     At each position, :func:`draw` samples ``z ~ posterior_k`` and ``x_k ~ leaf_{k,z}``. The scan
     then continues with the log-probabilities of the drawn token under all states, not only ``z``.
@@ -258,10 +257,10 @@ def circuit_argmax(
     trans: Tensor | None,
     evidence: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Compute :func:`lora_ext.ops.circuit_argmax` by max-product.
+    """Compute the result of :func:`lora_ext.ops.circuit_argmax` by max-product.
 
     An upward pass computes the best values, and a downward pass reads the choices. No fast method
-    is known for the mode of the tokens alone, which maximises a sum over latents.
+    is known for the most probable tokens alone, which maximise a sum over latents.
     """
     log_leaf = log_softmax(leaf.to(accumulator(leaf.dtype)))
     rows, n_token = leaf.shape[:2]
@@ -335,7 +334,7 @@ def spec_verify(
     num_evidence: Tensor | None = None,
     temperature: float = 1.0,
 ) -> tuple[Tensor, Tensor]:
-    """Compute :func:`lora_ext.ops.spec_verify` by its formula.
+    """Compute the result of :func:`lora_ext.ops.spec_verify` by its formula.
 
     A token with ``q = 0`` is never accepted, because the circuit cannot have drawn it. With
     temperature 0, the uniform numbers are not used.
@@ -367,7 +366,7 @@ def spec_verify(
 def emission_gather(h: Tensor, emit: Tensor, x: Tensor) -> Tensor:
     """Compute ``e[b, k, z] = log softmax(emit[k, z] @ h[b])[x[b, k]]``, ``(B, K, C)``.
 
-    It is 0 if ``x[b, k]`` is -1.
+    ``e[b, k, z]`` is 0 if ``x[b, k]`` is -1.
     """
     wide = accumulator(h.dtype)
     logits = torch.einsum("bd,kcvd->bkcv", h.to(wide), emit.to(wide))

@@ -34,7 +34,7 @@ def paged(pages: Tensor, page_table: Tensor) -> Tensor:
 
 
 def columns_of(adapter_ids: Tensor, weights: Tensor | None) -> Iterator[tuple[Tensor, Any]]:
-    """Yield ids ``(T,)`` and weights of each column of ids ``(T, K)``."""
+    """Yield the ids ``(T,)`` and the weights of each column of ``adapter_ids (T, K)``."""
     for k, ids in enumerate(adapter_ids.unbind(1)):
         yield ids, None if weights is None else weights[:, k]
 
@@ -42,7 +42,7 @@ def columns_of(adapter_ids: Tensor, weights: Tensor | None) -> Iterator[tuple[Te
 def lora_factors(
     s: int, rank: int, scale: Tensor | None, weights: Tensor | None, groups: Tensor | None
 ) -> Iterator[Tensor]:
-    """Yield the factors of ``v`` of adapter ``s``: scales ``(rank,)``, weights ``(T, rank)``."""
+    """Yield the scales ``(rank,)`` and the weights ``(T, rank)`` by which ``v`` is multiplied."""
     page = torch.arange(rank) // 8
     if scale is not None:
         yield scale[s][page] if scale.dim() == 2 else scale[s].expand(rank)
@@ -62,7 +62,7 @@ def lora_shrink(
     weights: Tensor | None = None,
     groups: Tensor | None = None,
 ) -> Tensor:
-    """Compute :func:`lora_ext.ops.lora_shrink`, one adapter at a time."""
+    """Compute the result of :func:`lora_ext.ops.lora_shrink`, one adapter at a time."""
     if adapter_ids.dim() == 2:
         rest = scale, ranks, page_table
         columns = columns_of(adapter_ids, weights)
@@ -211,7 +211,7 @@ def lora_segment_ids(seg_indptr: Tensor, seg_adapter: Tensor, num_tokens: int) -
 def lora_plan(
     adapter_ids: Tensor, num_adapters: int, num_valid: Tensor | None = None
 ) -> dict[str, Tensor | int]:
-    """Group rows by adapter; return the fields of the plan that ``lora_ext/lora.h`` defines."""
+    """Group rows by adapter; return the fields of a plan, which ``lora_ext/lora.h`` defines."""
     ids = adapter_ids.long().cpu()
     rows = ids.numel()
     bad = (ids < -1) | (ids >= num_adapters)

@@ -1,6 +1,6 @@
-"""Whole circuits, one node at a time, one formula per function.
+"""Evaluation of whole circuits, one node at a time, one formula per function.
 
-A node is a region of sums, or an input over several variables.
+A node is a group of sums with common terms, or an input over several variables.
 
 Letters: ``B`` rows, ``N`` leaf units, ``U`` units, ``W`` weights, ``M`` blocks of leaf units.
 """
@@ -15,7 +15,7 @@ from ._circuit_sum import log_einsum_exp
 
 
 def circuit_table(table: Tensor, x: Tensor, row: Tensor, block: int, norm: str = "none") -> Tensor:
-    """Compute :func:`lora_ext.ops.circuit_table` by indexing.
+    """Compute the result of :func:`lora_ext.ops.circuit_table` by indexing.
 
     With ``norm="logits"``, the rows of the table are logits; with "none", they are
     log-probabilities.

@@ -17,9 +17,9 @@ from torch import Tensor
 
 
 def control_live(delta: Tensor, budget: int, least: int = 0) -> Tensor:
-    """Return whether each state can reach the end in at most k tokens, ``(n + 1, S + 1)`` bool.
+    """Return whether each state can reach the end of a text in at most k tokens, k = 0 .. n.
 
-    ``k`` is the first index.
+    The result is ``(n + 1, S + 1)`` bool, with indices k and the state; n is ``budget``.
     """
     states = len(delta)
     live = torch.zeros(budget + 1, states + 1, dtype=torch.bool)
@@ -32,10 +32,12 @@ def control_live(delta: Tensor, budget: int, least: int = 0) -> Tensor:
 def control_messages(
     delta: Tensor, transition: Tensor, emission: Tensor, budget: int, least: int = 0
 ) -> Tensor:
-    """Compute the probability ``C (n + 1, S + 1, H)`` that a guide ends a text in <= k tokens.
+    """Compute the probability that the guide ends a valid text in at most ``k`` tokens.
 
+    The result ``C`` is ``(n + 1, S + 1, H)``. Its indices are ``k``, the state s of the constraint
+    and the state z of the guide:
     ``C_k(s, z) = sum_z' T(z, z') sum_x beta(z', x) C_{k-1}(delta(s, x), z')`` with the transition
-    ``T`` and the emission ``beta``; ``C_k(S, z) = 1`` after the end. ``k`` is the first index.
+    ``T`` and the emission ``beta``; ``C_k(S, z) = 1`` after the end.
     """
     states = len(delta)
     out = [emission.new_zeros(states + 1, len(transition))]
@@ -56,7 +58,7 @@ def control_ratio(
     k: int,
     least: int = 0,
 ) -> Tensor:
-    """Compute the guide's probability ``r (V,)`` of satisfying the constraint after each token.
+    """Compute the probability ``r (V,)`` that the guide ends a valid text after each next token.
 
     ``r(x) = sum_z A(z) beta(z, x) C_{k-1}(delta(s, x), z) / sum_z A(z) beta(z, x)`` with the law
     ``A`` and the emission ``beta``; ``C`` are the ``messages``.
@@ -74,5 +76,5 @@ def control_filter(law: Tensor, transition: Tensor, emission: Tensor, token: int
 
 
 def _open(delta: Tensor, closed: bool) -> Tensor:
-    """Return which edges are allowed, ``(S, V)``; if ``closed``, edges into the end are not."""
+    """Return which tokens each state allows, ``(S, V)``; ``closed`` excludes the end token."""
     return (delta >= 0) & ~((delta == len(delta)) & closed)

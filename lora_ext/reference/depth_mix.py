@@ -46,7 +46,7 @@ def depth_mix_routed(
     betas: Tensor | Sequence[Tensor] | None = None,
     norm: str = "rms",
 ) -> tuple[Tensor, Tensor]:
-    """Return :func:`depth_mix` with ``weights = softmax(router @ n_k + bias)``, and the weights.
+    """Compute the mix with ``weights = softmax(router @ n_k + bias)``; return it and the weights.
 
     ``n_k`` is the last hidden state, normalised and not rounded.
     """

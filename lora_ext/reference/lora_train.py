@@ -17,7 +17,7 @@ _WEYL = (0x9E3779B9, 0xBB67AE85)
 def _multiply(m: int, word: Tensor) -> tuple[Tensor, Tensor]:
     """Return the high and the low 32-bit word of the 64-bit product ``m * word``.
 
-    It is computed from 16-bit halves of ``word``, because the product would overflow int64.
+    The words are computed from 16-bit halves of ``word``, because the product may overflow int64.
     """
     low, high = m * (word & 0xFFFF), m * (word >> 16)
     middle = (low >> 16) + (high & 0xFFFF)
@@ -69,8 +69,8 @@ def lora_dropout(x: Tensor, p: float, seed: int | Tensor | None = None) -> Tenso
 def dropout_keep_of_adapters(adapter_ids: Tensor, columns: int, p: float, seed: Tensor) -> Tensor:
     """Return which elements dropout keeps with one seed per adapter, ``(T, columns)`` bool.
 
-    ``seed`` is ``(A,)``. The mask of an adapter's rows is :func:`dropout_keep` with its seed, where
-    the number of a row is its index among these rows. All elements of rows with id -1 are kept.
+    ``seed`` is ``(A,)``. The mask of an adapter's rows is :func:`dropout_keep` with the adapter's
+    seed, with rows numbered from 0 within the adapter. All elements of rows with id -1 are kept.
     """
     keep = adapter_ids.new_ones(adapter_ids.shape[0], columns, dtype=torch.bool)
     for s in range(seed.numel()):
@@ -112,7 +112,7 @@ def lora_linear(
     weights: Tensor | None = None,
     groups: Tensor | None = None,
 ) -> Tensor:
-    """Compute :func:`lora_ext.ops.lora_linear`, one adapter at a time."""
+    """Compute the result of :func:`lora_ext.ops.lora_linear`, one adapter at a time."""
     dtype = accumulator(x.dtype)
     y = x.new_zeros(x.shape[0], b.shape[1], dtype=dtype)
     if weight is not None:
@@ -120,7 +120,7 @@ def lora_linear(
         y = y if bias is None else y + bias.to(dtype)
     columns = adapter_ids if adapter_ids.dim() == 2 else adapter_ids[:, None]
     entries = columns_of(columns, weights) if adapter_ids.dim() == 2 else [(adapter_ids, weights)]
-    # A seed per adapter is for one id per row.
+    # A seed of shape (A,) requires one id per row. With -1, no seed has the compared shape (-1,).
     seeds = a.shape[0] if columns.shape[1] == 1 else -1
     for k, (ids, of_rows) in enumerate(entries):
         kept = _masked(x, dropout_p, seed, ids, seeds, k)
@@ -143,6 +143,8 @@ def lora_linear_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Compute the gradients ``(dx, da, db)`` of :func:`lora_linear` explicitly.
 
+    Row t has adapter ``s``. With ``c = scale[s] / (1 - dropout_p)``, with ``m`` 1 for kept elements
+    and 0 for dropped ones, and with ``v[t] = c * (m * x)[t] @ a[s]^T``, the gradients are
     ``dv[t] = c * dy[t] @ b[s]``, ``db[s] = sum_t dy[t]^T v[t]``,
     ``da[s] = sum_t dv[t]^T (m * x)[t]`` and ``dx[t] = dy[t] @ weight + m[t] * (dv[t] @ a[s])``,
     with sums over the rows of one adapter.

@@ -31,8 +31,8 @@ def quantise(
         Codes ``(O, I / group, group)``: int8, or uint8 for 4 bits. Scales and, with ``minimum``,
         minima ``(O, I / group)`` float16; otherwise None. A weight is ``scale * code`` (8 bits),
         ``scale * (code - 8)`` (4 bits), or ``scale * code + minimum``. With 4 bits and no minimum,
-        the value of the largest magnitude has code 0, as in GGUF's Q4_0, unless all values are
-        multiples of the largest magnitude / 7, which keep that scale.
+        the value of the largest magnitude has code 0, as in GGUF's Q4_0. If all values are
+        multiples of the largest magnitude / 7, however, the scale is this quotient.
     """
     w = weight.float().reshape(len(weight), weight.shape[1] // group, group)
     first, last = (0, 15) if minimum else (-127, 127) if bits == 8 else (-8, 7)
@@ -49,7 +49,7 @@ def quantise(
         whole = ((steps - steps.round().clamp(-7, 7)).abs() <= 1 / 64).all(2)  # False for zeros
         wanted = torch.where(whole, seventh, wanted)
     scale = wanted.half()
-    # Rounds up where float16 has so few bits that the largest code would be cut.
+    # Round the scale up if float16 has so few bits for it that the largest code would be clamped.
     size = max(-first, last)
     cut = scale.float().abs() * (size + 0.5) < wanted.abs() * size
     scale = (scale.view(torch.int16) + cut).view(torch.float16)
@@ -65,9 +65,9 @@ def pack_codes(codes: Tensor, scale: Tensor, minimum: Tensor | None = None) -> T
 
     Returns:
         ``(ceil(O / 32), I / group, bytes)`` uint8, for 4 bits ``(..., 2, bytes / 2)``. A block has
-        the codes, the scales and the minima. Four adjacent bytes belong to one output. They contain
-        the codes of 4 input features, or, for 4 bits, of 8: the low halves of the first 4, the high
-        halves of the rest.
+        the codes, the scales and the minima. Four adjacent bytes contain codes of one output: those
+        of 4 input features or, for 4 bits, of 8, with the first 4 in the low halves of the bytes
+        and the rest in the high halves.
     """
     rows, groups, group = codes.shape
     padded = pad(codes, (0, 0, 0, 0, 0, -rows % 32)).view(torch.uint8)
@@ -80,7 +80,7 @@ def pack_codes(codes: Tensor, scale: Tensor, minimum: Tensor | None = None) -> T
     for each in (scale, minimum):
         if each is not None:
             columns = pad(each, (0, 0, 0, -rows % 32)).view(len(panels), 32, groups).transpose(1, 2)
-            # An empty tensor is contiguous, with any strides.
+            # `contiguous` would return an empty tensor with its old strides, which view rejects.
             parts.append(columns.clone(memory_format=torch.contiguous_format).view(torch.uint8))
     packed = torch.cat(parts, 2)
     return packed if together == 4 else packed.view(*packed.shape[:2], 2, packed.shape[2] // 2)
@@ -89,7 +89,7 @@ def pack_codes(codes: Tensor, scale: Tensor, minimum: Tensor | None = None) -> T
 def unpack_weight(
     packed: Tensor, out_features: int, in_features: int, *, dtype: torch.dtype = torch.float32
 ) -> Tensor:
-    """Return the weight ``(O, I)`` for a packed weight of 8 or 4 bits, rounded to float32 first."""
+    """Unpack a weight ``(O, I)`` of 8 or 4 bits; values are rounded to float32, then ``dtype``."""
     bits, packed = (8 if packed.dim() == 3 else 4), packed.flatten(2)
     panels, groups, _ = packed.shape
     group = in_features // max(groups, 1)

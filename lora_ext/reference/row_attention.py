@@ -42,7 +42,7 @@ def row_attention(
     spans: Tensor | None = None,
     mask: Tensor | None = None,
 ) -> Tensor:
-    """Compute :func:`lora_ext.ops.row_attention`, ``softmax(scale q k^T) v`` over allowed keys."""
+    """Compute ``softmax(scale q k^T) v`` over the allowed keys of each row, ``(B, H, T, E)``."""
     wide = accumulator(q.dtype)
     seen = seen_keys(q.shape[2], k.shape[2], causal, spans, mask, q.device)[:, None]
     if k.shape[2] == 0:

@@ -1,4 +1,4 @@
-"""The adapter of each row of a batch: ``adapters([...])``, ids, plans, and layouts of rows.
+"""Choice of an adapter for each row of a batch: ``adapters([...])``, adapter ids, plans, layouts.
 
 Names that are not in ``__all__`` are for other packages of ``lora_ext``. ``docs/notes/serving.md``
 describes the data structures. The table lists all state of this package:

@@ -1,4 +1,4 @@
-"""Activated adapters: their start in each row, and the tokens that use them.
+"""Activated adapters (aLoRA): the position in each row from which the adapter applies.
 
 An activated adapter (aLoRA) applies to a row from the last occurrence of its *invocation*, a
 sequence of tokens, in the row's prompt. This position is the *start*. The tokens before it use the
@@ -29,7 +29,7 @@ Invocations = Sequence[tuple[int, ...]]
 
 
 def last_start(ids: Tensor, invocation: Sequence[int]) -> list[int | None]:
-    """Return the last position of an invocation in each row of ``ids (B, T)``, None if absent."""
+    """Return the last position of ``invocation`` in each row of ``ids (B, T)``, None if absent."""
     n = len(invocation)
     if ids.shape[1] < n:
         return [None] * len(ids)
@@ -41,12 +41,12 @@ def last_start(ids: Tensor, invocation: Sequence[int]) -> list[int | None]:
 
 
 class Activated(Assignment):
-    """Assignment that also contains the start of each entry's adapter.
+    """Assignment with the position (start) in each row from which an activated adapter applies.
 
-    In an attached model, each forward replaces it by the ordinary assignment that :meth:`at`
-    returns, which depends on the number of tokens in the cache. Layers of :mod:`lora_ext.nn` call
-    :meth:`ids`, which assumes that there is no cache, so that activations contain all tokens of
-    each sequence.
+    In an attached model, each forward replaces this assignment by the ordinary assignment that
+    :meth:`at` returns for the number of tokens in the cache. Layers of :mod:`lora_ext.nn` call
+    :meth:`ids` instead. It assumes that there is no cache, so activations must contain all tokens
+    of each sequence.
 
     Args:
         entries: Assignment without a tensor, of shape ``()`` or ``(n,)``.
@@ -77,27 +77,28 @@ class Activated(Assignment):
         self.starts, self.fixed, self.length = starts, fixed, length
         self.unsearched = self if unsearched is None else unsearched
         # Results of `at` for forwards in which no adapter starts, by the places of the entries. All
-        # decoding steps use the same object, so their layers share the tensors that it caches.
+        # decoding steps use the same result, so their layers share the tensors that it caches.
         self._whole_rows: dict[tuple[int, ...], Assignment] = {}
 
     # ---------------------------------------------------------------------------------------------
     # Starts of prompts and forwards
 
     def of_prompt(self, ids: Tensor | None, origin: int = 0) -> Activated:
-        """Find the starts in the whole prompts of a batch, and fix them for all forwards.
+        """Find the starts in whole prompts, and return an assignment with these starts.
 
-        The prompts are the ``input_ids`` of a block or of a call of ``generate``.
+        The starts are then fixed for all forwards. The prompts are the ``input_ids`` of a block or
+        of a call of ``generate``.
 
         Args:
             ids: Token ids ``(B, T)`` of the prompts.
             origin: Number of tokens before the first one of ``ids``.
 
         Returns:
-            The assignment with these starts; or ``self`` if the starts are fixed already or no
+            The assignment with these starts; ``self`` if the starts are fixed already, or if no
             entry has an invocation.
 
         Raises:
-            ValueError: If ``ids`` is None or has a wrong number of rows.
+            ValueError: If ``ids`` is None or its number of rows does not match the entries.
         """
         unsearched = self.unsearched
         if self.fixed or not unsearched._may_begin():
@@ -107,7 +108,9 @@ class Activated(Assignment):
         return unsearched._with(unsearched._found(ids, origin), fixed=True)._warned()
 
     def of_forward(self, ids: Tensor | None, past: int) -> Activated:
-        """Find the starts in the ids of a forward; later forwards may change them.
+        """Find the starts in a forward's ids, and return an assignment with these starts.
+
+        Later forwards may change the starts.
 
         If no tokens are cached, the ids are new prompts and set all starts; the start of a row
         without the invocation is None. If ``past`` tokens are cached, the ids continue the
@@ -119,12 +122,12 @@ class Activated(Assignment):
             past: Number of cached tokens.
 
         Returns:
-            The assignment with these starts; or ``self`` if the starts are fixed or do not change,
-            or no entry has an invocation.
+            The assignment with these starts; ``self`` if the starts are fixed or do not change, or
+            if no entry has an invocation.
 
         Raises:
-            ValueError: If a new prompt has no ids; or if the start of a row is not in the ids, and
-                the cached tokens were never searched.
+            ValueError: If a new prompt has no ids; or if a row of the ids lacks the invocation and
+                the cached tokens were never searched for it.
         """
         if self.fixed or not self._may_begin():
             return self
@@ -138,7 +141,7 @@ class Activated(Assignment):
             both = zip(found, self.starts, strict=True)
             found = tuple(before if now is None else now for now, before in both)
         elif found is None or None in found:
-            raise self._unknown(f"found a forward over a cache of {past} tokens without it")
+            raise self._unknown(f"found a forward that continues a cache of {past} tokens")
         return self if found == self.starts else self.unsearched._with(found, fixed=False)
 
     def _with(self, starts: tuple[int | None, ...], fixed: bool) -> Activated:
@@ -150,7 +153,7 @@ class Activated(Assignment):
         return Activated(entries, self.invocations, starts, fixed, unsearched=self.unsearched)
 
     def _found(self, ids: Tensor, origin: int) -> tuple[int | None, ...]:
-        """Return the start of each entry's adapter in its sequence, 0 for an ordinary adapter."""
+        """Return for each entry the start of its adapter, or 0 for an ordinary adapter."""
         require(ids.dim() == 2, "adapters", "input_ids", "(B, T)", tuple(ids.shape))
         rows = (len(self.entries) if self.shape else len(ids)) * self.repeat
         expected = f"{rows} rows, as the names require"
@@ -167,15 +170,15 @@ class Activated(Assignment):
         return tuple(starts)
 
     def _may_begin(self) -> bool:
-        """Return whether an entry has an adapter with an invocation."""
+        """Return whether a sequence uses an adapter with invocation tokens (aLoRA)."""
         return any(place >= 0 and self.invocations[place] for place in self.entries)
 
     def _unknown(self, found: str) -> ValueError:
         names = [name for name, n in zip(self.names, self.invocations, strict=True) if n]
         return ValueError(
             f"adapters: starts: expected known positions at which {names!r:.200} begin (the last "
-            f"alora_invocation_tokens in each prompt), {found}; enter "
-            "lora_ext.adapters(names, starts=[...]), or input_ids= with the whole prompts"
+            f"alora_invocation_tokens in each prompt), {found}; enter lora_ext.adapters with "
+            "starts=[...], or with input_ids= that contain the whole prompts"
         )
 
     def _warned(self) -> Activated:
@@ -200,13 +203,13 @@ class Activated(Assignment):
     # Forwards
 
     def at(self, past: int, length: int, rows: int) -> Assignment:
-        """Return the ordinary assignment of a forward of ``rows`` sequences of ``length`` tokens.
+        """Return the assignment for a forward with ``rows`` sequences of ``length`` tokens.
 
-        The cache contains ``past`` tokens. The assignment has one entry per sequence, or one per
-        token if an adapter starts inside the forward.
+        The cache contains ``past`` tokens. The result has one entry per sequence, or one per token
+        if an adapter starts among the tokens of the forward.
         """
         if self.starts is None:
-            raise self._unknown("found a layer that runs before any prompt was searched")
+            raise self._unknown("found a layer that ran before the model received a prompt")
         pairs = list(zip(self.entries, self.starts, strict=True))
         inside = any(p >= 0 and s is not None and past < s < past + length for p, s in pairs)
         if not inside:
@@ -238,12 +241,12 @@ class Activated(Assignment):
     def _of_layer(self, layout: Layout) -> Assignment:
         """Return the assignment of a layer outside the forward of an attached model.
 
-        The activations are assumed to contain all tokens of each sequence. The layer cannot check
-        this, so the number of tokens is compared with the starts.
+        This method assumes that the activations contain all tokens of each sequence. It can only
+        check that every start is among these tokens.
 
         Raises:
-            ValueError: If a start is not before the end of the activations, which may then be the
-                continuation of a cache; or if the starts are from ``input_ids`` of another shape.
+            ValueError: If a start is after the last token, in which case the activations may
+                continue a cache; or if the starts are from ``input_ids`` of another shape.
         """
         leading = layout.leading
         across = leading[:2][::-1] if layout.tokens_first else leading[:2]
@@ -253,14 +256,14 @@ class Activated(Assignment):
             length = leading.numel() // max(rows, 1) if len(across) < 2 else across[1]
             late = [s for s in self.starts or () if s is not None and s >= max(length, 1)]
             if late:
-                raise self._unknown(f"found {late[0]} beyond the {length} tokens of a layer")
+                raise self._unknown(f"found start {late[0]} for only {length} tokens in a layer")
         elif across != (rows, length) and leading != (rows * length,):
             # A start of 0 selects all tokens of a sequence and None selects none, for any length.
             if self.starts is not None and any(self.starts):
                 raise ValueError(
                     f"adapters: input_ids: expected activations of {rows} rows of {length} tokens, "
-                    f"found {tuple(leading)} before the features; the layers of an attached model "
-                    "follow a cache, layers of lora_ext.nn take whole rows"
+                    f"found {tuple(leading)} before the features; layers of lora_ext.nn need all "
+                    "tokens of each row, so attach the model to a pool to use a cache"
                 )
         return self.at(0, length, rows)
 
@@ -284,7 +287,7 @@ class Activated(Assignment):
         return Activated(entries, self.invocations, starts, self.fixed, self.length)
 
     def same_as(self, other: Assignment) -> bool:
-        """Return whether the other assigns the same adapters with the same starts."""
+        """Return whether ``other`` assigns the same adapters with the same starts."""
         alike = isinstance(other, Activated) and self.starts == other.starts
         return alike and super().same_as(other)
 
@@ -296,10 +299,10 @@ def with_starts(
     input_ids: Tensor | None = None,
     starts: Starts = None,
 ) -> Assignment:
-    """Return an assignment with the starts that arguments of :func:`lora_ext.adapters` determine.
+    """Return ``assignment`` with the starts given by the arguments of :func:`lora_ext.adapters`.
 
     ``invocations`` contains the invocation of each name, empty for ordinary adapters. An assignment
-    with one entry per token has no starts and is returned unchanged.
+    with one entry per token needs no starts and is returned unchanged.
 
     Raises:
         ValueError: If more than one of ``token_ids``, ``input_ids`` and ``starts`` is not None, or

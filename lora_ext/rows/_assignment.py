@@ -1,4 +1,4 @@
-"""Assignments of adapters to rows: conversion of names or token ids to adapter ids per row."""
+"""Assignments of adapters to rows: convert names or token ids to adapter ids per row."""
 
 from __future__ import annotations
 
@@ -21,16 +21,16 @@ Names = Entry | Sequence[Entry] | Sequence[Sequence[Entry]]
 
 INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
-# Maximum number of cached layouts. A decode step has one or two shapes; without a KV cache every
-# step has a new one.
+# Maximum number of cached layouts. All decode steps use the same one or two shapes of activations;
+# without a KV cache every step uses a new shape.
 MAX_SHAPES = 32
 
 
 class Batch(NamedTuple):
-    """Shape of the batch of a model's forward."""
+    """Number and lengths of the sequences in the batch of a model's forward."""
 
     sequences: int  # number of sequences
-    lengths: frozenset[int]  # numbers of tokens, for example in the encoder and the decoder
+    lengths: frozenset[int]  # tokens per sequence, for example in the encoder and the decoder
 
 
 class Layout(NamedTuple):
@@ -43,26 +43,26 @@ class Layout(NamedTuple):
 
 
 class TokensFirstError(ValueError):
-    """Error for activations in which tokens are the first dimension and sequences the second."""
+    """Error for activations with tokens as the first dimension and sequences as the second."""
 
 
 class Assignment:
-    """Assignment of an adapter name to each entry. An entry is a sequence, row, token or all rows.
+    """Assignment of an adapter name to each entry: each sequence, row or token, or all rows.
 
     Args:
         names: Distinct names of adapters; the name of a mixture is the tuple of its adapters'
             names. In :func:`~lora_ext.rows.packed_block` there is one name per slot, so a name
             occurs twice if two versions of its adapter are in the step.
-        places: Index into ``names`` for each entry, -1 for the base model; a tuple or an int64
-            tensor.
+        places: Index into ``names`` for each entry, or -1 for the base model, as a tuple or an
+            int64 tensor.
         shape: Meaning of the entries. ``()``: one entry for all rows. ``(n,)``: one entry for each
             of n sequences, or of n rows; :meth:`spread` decides this by the layout of each layer.
             ``(B, L)``: one entry per token. If ``places`` is a tensor, ``shape`` is the shape of
             the activations without features.
         repeat: Number of consecutive sequences of the batch per entry (beams or returned
             sequences).
-        weights: K weights for each entry, those of the adapters in its name followed by 0: tuples,
-            or a float32 tensor if ``places`` is a tensor. None if all weights are 1.
+        weights: K weights for each entry, one per adapter of its name and then zeros: tuples, or a
+            float32 tensor if ``places`` is a tensor. None if all weights are 1.
     """
 
     def __init__(
@@ -75,23 +75,23 @@ class Assignment:
     ):
         self.names, self.places, self.shape, self.repeat = names, places, shape, repeat
         self.weights = weights
-        #: Names of the entries that only have a weight of 0.
+        #: Names that occur only with a weight of 0.
         self.unused: tuple[str, ...] = ()
-        #: Entry of each name for :meth:`AdapterPool.acquire`, with weights if some are not 1, and
-        #: then an entry for each name in ``unused``, which has no slot.
+        #: Entries for :meth:`AdapterPool.acquire`: one for each name, with its weights if some are
+        #: not 1, then one for each name in ``unused``, which gets no slot.
         self.asked: tuple[Entry, ...] = names  # pyright: ignore  # mixtures only in `of_entries`
         entries = places.unique().tolist() if isinstance(places, Tensor) else places
         #: Distinct values of ``places``, without -1.
         self.occurring = frozenset(entries) - {-1}
         #: Cache of tensors that the layers of a step share.
         self.kept = Kept(MAX_SHAPES)
-        # By "sequence" and by "row", a shape of activations for which the entries were interpreted
-        # as one per sequence or one per row. It is an error if both occur: see `_read_as`.
+        # Under the keys "sequence" and "row", a shape of activations for which the entries were
+        # interpreted as one per sequence or per row. `_read_as` raises if both keys are set.
         self._readings: dict[str, torch.Size] = {}
 
     @classmethod
     def of(cls, given: Names, token_ids: Tensor | None = None) -> Assignment:
-        """Return the assignment of the arguments of :func:`lora_ext.adapters`."""
+        """Create the assignment for the arguments of :func:`lora_ext.adapters`."""
         flat, shape = _entries.parse(given)
         assignment = cls.of_entries(flat, shape)
         if token_ids is None:
@@ -106,11 +106,11 @@ class Assignment:
             expected, fits = f"ids in [-1, {len(flat)})", -1 <= low and high < len(flat)
             require(fits, "adapters", "token_ids", expected, f"{low} to {high}")
         with torch.inference_mode(False), torch.no_grad():
-            # This copies the ids: the caller may overwrite them before the backward of this batch.
+            # Copy the ids, since the caller may overwrite them before the backward of this batch.
             own = torch.tensor([*assignment.places, -1], device=token_ids.device)
             places = own[token_ids.long()].flatten()  # -1 reads the last entry
             weights = assignment.weights
-            if isinstance(weights, tuple):  # an entry of -1 reads any weights
+            if isinstance(weights, tuple):  # an id of -1 may read any weights
                 each = torch.tensor(weights, dtype=torch.float32, device=token_ids.device)
                 weights = each[token_ids.flatten().long()]
             made = cls(assignment.names, places, tuple(token_ids.shape), weights=weights)
@@ -119,7 +119,7 @@ class Assignment:
 
     @classmethod
     def of_entries(cls, entries: Sequence[Entry], shape: tuple[int, ...]) -> Assignment:
-        """Return the assignment of a name to each entry; see the class for ``shape``.
+        """Create an assignment from a flat list of entries; see the class for ``shape``.
 
         Raises:
             TypeError, ValueError: If an entry is invalid, as for :func:`lora_ext.adapters`.
@@ -143,11 +143,11 @@ class Assignment:
         return made
 
     def spelled(self) -> list[Entry]:
-        """Return the entries; the base model is :data:`BASE`."""
+        """Return the entries as :func:`lora_ext.adapters` accepts them, with BASE for None."""
         return [BASE if place < 0 else entry_of(self.names[place], w) for place, w in self.pairs()]
 
     def plain(self) -> list[str]:
-        """Return the name of each entry; the base model for an entry with weights."""
+        """Return the name of each entry, or :data:`BASE` for an entry with weights."""
         return [entry if isinstance(entry, str) else BASE for entry in self.spelled()]
 
     def each(self) -> list[Any]:
@@ -162,7 +162,7 @@ class Assignment:
         return [tuple(e.items()) if isinstance(e, dict) else e for e in found]
 
     def pairs(self) -> list[tuple[int, tuple[float, ...] | None]]:
-        """Return the place and the weights of each entry; the weights are None if all are 1."""
+        """Return the place and weights of each entry; None for weights that are all 1."""
         places: Any = self.places.tolist() if isinstance(self.places, Tensor) else self.places
         weights: Any = self.weights
         if weights is None:
@@ -224,14 +224,14 @@ class Assignment:
         return tuple(dict.fromkeys(member for names in each for member in names))
 
     def rows_among(self, names: tuple[str, ...], layout: Layout, mixes: bool = False) -> Rows:
-        """Return the rows of a layer with adapters of these names, from a cache if possible.
+        """Return the rows of a layer that has the adapters ``names``, from a cache if possible.
 
-        A layer need not have all adapters: rows use the base model if the layer lacks theirs. The
-        key of the cache omits ``layout.batch``, for the reason given in :meth:`Block.rows`.
+        Rows whose adapter the layer does not have use the base model. The key of the cache omits
+        ``layout.batch``, for the reason given in :meth:`Block.rows`.
 
         Raises:
             NotImplementedError: If one of the names is in an entry with a weight or several
-                adapters, unless ``mixes``.
+                adapters, and ``mixes`` is False.
         """
         mixed = self.mixed and mixes
         if not mixed and not self.weighted.isdisjoint(names):
@@ -265,7 +265,7 @@ class Assignment:
         """
         device = layout.device
         if layout.tokens_first and len(self.shape) == 2:
-            # The entries are (B, L) in every layout; the rows of this layout are transposed.
+            # The entries are (B, L) in every layout; the rows of this layout are (L, B).
             if layout.leading != self.shape[::-1]:
                 raise self._misfit(layout.leading)
             upright = self.ids(table, Layout(torch.Size(self.shape), device))
@@ -274,8 +274,8 @@ class Assignment:
         if isinstance(self.places, Tensor):
             if capturing(device):
                 raise RuntimeError(
-                    "adapters: token_ids: expected a forward that runs, found one captured in a "
-                    "CUDA graph, whose replays would keep these rows; capture with names"
+                    "adapters: token_ids: expected None while a CUDA graph is captured, found a "
+                    "tensor, whose ids every replay would use; pass one name per row instead"
                 )
             return renumbered(self.places.to(device), table)
         each = [-1 if place < 0 else table[place] for place in self.places]
@@ -307,17 +307,17 @@ class Assignment:
         return each.repeat_interleave(copies, 0).repeat(turns, 1)
 
     def spread(self, layout: Layout) -> tuple[int, int]:
-        """Return how the entries cover the rows of a layer, as ``(copies, turns)``.
+        """Return ``(copies, turns)``, which describe how the entries cover the rows of a layer.
 
         Each entry is repeated for ``copies`` consecutive rows, and the resulting list of rows is
         repeated ``turns`` times. If the shape is ``(n,)``, each entry stands for a sequence if the
         number of sequences, ``n * repeat``, is a dimension of the layout or the size of the model's
-        batch. Otherwise each entry stands for a row. The batch decides only whether the entries
-        match: the result for a layout that matches is the same with any batch.
+        batch. Otherwise each entry stands for a row. The batch only decides whether the entries
+        match the layout. If they match, the result does not depend on the batch.
 
         Raises:
-            TokensFirstError: If the batch shows that the first dimension is tokens. The caller
-                calls again with ``layout.tokens_first``.
+            TokensFirstError: If the batch shows that the first dimension is tokens. The caller must
+                then repeat the call with ``layout.tokens_first``.
             ValueError: If the entries do not match the layout.
         """
         leading, batch = layout.leading, layout.batch
@@ -342,8 +342,8 @@ class Assignment:
                 raise TokensFirstError
             if len(leading) == 1 and any(rows == sequences * n for n in batch.lengths):
                 return rows // len(self.places), 1  # the model has flattened its batch
-        # If there is one name per sequence of the batch, names are not assigned to rows. A layer
-        # with as many rows as names then has rows that all sequences share, such as positions.
+        # Names that match the sequences of the batch are not assigned to rows. If a layer then has
+        # as many rows as there are names, all sequences share these rows, such as positions.
         shared = batch is not None and batch.sequences == sequences > 1
         if self.repeat == 1 and rows == len(self.places) and not shared:
             self._read_as("row", leading)
@@ -368,25 +368,25 @@ class Assignment:
         """Record that the entries were interpreted as one per sequence or one per row.
 
         Raises:
-            ValueError: If both interpretations have occurred. One of them is then wrong: the number
-                of rows that all sequences share, such as positions, can be equal to the number of
-                names by chance.
+            ValueError: If both interpretations have occurred. One of them is then wrong: a layer
+                whose rows all sequences share, such as positions, can have as many rows as there
+                are names by chance.
         """
         readings = {**self._readings, unit: leading}
         if len(self.places) > 1 and len(readings) == 2:
             per_sequence, per_row = readings["sequence"], readings["row"]
             raise ValueError(
-                "adapters: names: expected one interpretation, found one name per sequence for "
-                f"{_activations(per_sequence)}, one per row for {_activations(per_row)}; pass a "
-                "list of names per sequence, or exclude modules whose rows all sequences share"
+                "adapters: names: expected one meaning for all layers, found one name per sequence "
+                f"for {_activations(per_sequence)}, one per row for {_activations(per_row)}; pass "
+                "a list of names per sequence, or exclude modules whose rows all sequences share"
             )
         self._readings[unit] = leading
 
     def check_tokens(self, layout: Layout) -> None:
-        """Raise ValueError if an embedding receives a single row with as many tokens as names.
+        """Raise ValueError if an embedding receives a single row with one token per name.
 
-        It cannot be told apart from positions that all sequences share. If tokens are the first
-        dimension, the row is one token of each sequence and is accepted.
+        Such a row cannot be distinguished from positions that all sequences share. If tokens are
+        the first dimension, the row contains one token of each sequence and is accepted.
         """
         named = len(self.places)
         one_row = self.shape == (named,) != (1,) and layout.leading == (1, named)
@@ -399,7 +399,7 @@ class Assignment:
 
 
 class NamedRows(list[Any]):
-    """The entries of an assignment in the format of PEFT's ``adapter_names``."""
+    """List of an assignment's entries in the format of PEFT's ``adapter_names``."""
 
     def __init__(self, assignment: Assignment):
         super().__init__(assignment.spelled())
@@ -414,7 +414,7 @@ def check_integers(argument: str, t: object) -> None:
 
 
 def refuse_singular(where: str, given: Mapping[str, Any]) -> None:
-    """Raise TypeError for the argument ``adapter_name``, which a model would ignore as unknown."""
+    """Raise TypeError if ``given`` contains ``adapter_name``, which models silently ignore."""
     if "adapter_name" in given:
         raise TypeError(
             f"{where}: expected adapter_names= with one name or one per row, found "

@@ -34,7 +34,7 @@ class Pool(Protocol):
 
         Returns:
             A list of slots that is also a context manager. It has the attributes ``released`` and
-            ``invocations`` (of each name), and ``renew()``, which pins the same adapters again.
+            ``invocations`` (one per name), and ``renew()``, which pins the same adapters again.
         """
 
 
@@ -44,7 +44,7 @@ _counter = itertools.count()
 
 
 def pool_handle(pool: Pool) -> int:
-    """Return the number of a pool, which a compiled graph can contain."""
+    """Return the number that represents a pool in compiled graphs."""
     return _handles.setdefault(pool, next(_counter))
 
 
@@ -66,7 +66,7 @@ def only_pool() -> Pool:
     if not pools:
         raise RuntimeError(
             "adapters: expected an attached model, found none; call lora_ext.attach(model, pool), "
-            "or pass pool=; a model of from_peft takes adapter_names= instead of a block"
+            "or pass pool=; a model of from_peft accepts adapter_names= instead of a block"
         )
     if len(pools) > 1:
         raise ValueError(
@@ -104,12 +104,15 @@ class Places(list[int]):
         self.released = True
 
     def renew(self) -> None:
-        """Make the lease valid for a backward after the block was left."""
+        """Make the lease valid again, for a backward pass after the block was left."""
         self.released = False
 
 
 class LayerNames:
-    """Pool of all layers that own their adapters. Layers may have adapters of different names."""
+    """Registry of all layers that own their adapters, with the interface of a pool.
+
+    Layers may have adapters of different names.
+    """
 
     max_slots = 0
     modules = ()
@@ -119,7 +122,7 @@ class LayerNames:
         self.handle = pool_handle(self)
 
     def add(self, layer: Any) -> None:
-        """Register a layer: an object with ``adapter_names`` and this object as ``pool``."""
+        """Register a layer with the attributes ``adapter_names`` and ``pool``, this object."""
         self._layers.add(layer)
         attachments.add(layer)
 
@@ -127,8 +130,8 @@ class LayerNames:
         """Return a lease of the names.
 
         Raises:
-            NotImplementedError: If an adapter of a mixture is activated.
-            UnknownAdapterError: If a name is unknown to every layer.
+            NotImplementedError: If a mixture contains an aLoRA adapter.
+            UnknownAdapterError: If no layer has an adapter with one of the names.
         """
         known = {known for layer in self._layers for known in layer.adapter_names}
         each = [[name for name, _ in members_of(entry, "adapters: names")] for entry in names]
@@ -142,7 +145,7 @@ class LayerNames:
             found = [(name, start) for name in own if (start := self._invocation(name))]
             if found and len(own) > 1:
                 raise NotImplementedError(
-                    "adapters: names: expected ordinary adapters in a mixture, found the activated "
+                    "adapters: names: expected ordinary adapters in a mixture, found the aLoRA "
                     f"adapter {found[0][0]!r}; use it alone"
                 )
             if own:

@@ -1,8 +1,8 @@
 """``with adapters([...])``: the block in which layers find the adapter of each row.
 
 A block is entered once per batch and read by hundreds of layers. The first layer with a new layout
-computes the ids per row and their plan (rows grouped by adapter). The assignment of the block
-caches them for the other layers.
+computes the ids per row and their plan (rows grouped by adapter). The block's assignment caches
+ids and plan for the other layers.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from ._rows import Rows, capturing, planned
 
 
 class EntryPoint:
-    """Thread, task and backward in which a block was entered, and whether it was used or left.
+    """Thread, task and backward pass in which a block was entered, and whether it was left.
 
     Copies of a block with other assignments share this object.
     """
@@ -38,7 +38,7 @@ class EntryPoint:
         task = _current_task()
         self._task = None if task is None else weakref.ref(task)
         self.backward = torch._C._current_graph_task_id()  # -1 outside of every backward
-        self.served = False  # whether a layer has read its rows
+        self.served = False  # whether a layer has read the block's rows
         self.left = False
 
     @property
@@ -66,7 +66,7 @@ class SlotRows(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class Block:
-    """An ``adapters`` block that was entered. It is frozen, so any thread may read it."""
+    """An entered ``adapters`` block. It is immutable, so any thread may read it."""
 
     handle: int  # number of the pool
     lease: Any
@@ -79,7 +79,7 @@ class Block:
     packed: bool = False
     #: Block for the output head, if the model passes only some of the tokens to the head.
     head: Block | None = None
-    #: Step of :func:`lora_ext.capturable` that the block has written its slots to, or None.
+    #: Step of :func:`lora_ext.capturable` whose buffers contain the block's slots, or None.
     step: Any = None
 
     def rows(
@@ -96,13 +96,13 @@ class Block:
                 ids.
             device: Device of the activations.
             tokens_first: Whether ``leading`` is ``(tokens, sequences, ...)``.
-            of_tokens: Whether the layer is an embedding. One row of as many ids as names is then
+            of_tokens: Whether the layer is an embedding. A single row with one id per name is then
                 rejected, because the ids may be positions that all sequences share.
 
         Raises:
             ValueError: If the number of names does not match ``leading``.
-            RuntimeError: If the block was left before a task or thread that was started in it
-                ended.
+            RuntimeError: If the block was left, and a task or thread that was started inside it
+                still runs.
         """
         if self.lease.released:
             raise _outlived()
@@ -112,9 +112,9 @@ class Block:
             rows = self.step_rows(current_layout(leading, device, tokens_first))
             if rows is not None:
                 return rows
-        # No layout is made for the lookup, because that would take a third of its time. The key
+        # The key is not a Layout, because creating one would take a third of the lookup's time. It
         # omits the batch of the model's forward, which decides only whether the names match the
-        # shape (`Assignment.spread`). The names of a cached entry have matched this shape before,
+        # shape (`Assignment.spread`). For a cached result the names have matched this shape before,
         # and the ids are the same for any batch.
         key = (leading, tokens_first)
         return self.assignment.kept.get(key, device, self._slot_ids, leading, device, tokens_first)
@@ -128,11 +128,11 @@ class Block:
         of_tokens: bool = False,
         mixes: bool = False,
     ) -> Rows:
-        """Return the rows of a layer of :mod:`lora_ext.nn`, which contains its own adapters.
+        """Return the rows of a layer with its own adapters, such as a layer of :mod:`lora_ext.nn`.
 
-        The ids are indices into ``used``, which contains indices into ``names``, the layer's
-        adapters. Other arguments and errors are those of :meth:`rows` and, for ``mixes``, of
-        :meth:`Assignment.rows_among`.
+        ``names`` are the layer's adapters. The ids are indices into ``used``, which contains
+        indices into ``names``. Other arguments and errors are those of :meth:`rows` and, for
+        ``mixes``, of :meth:`Assignment.rows_among`.
         """
         if self.lease.released:
             raise _outlived()
@@ -166,8 +166,8 @@ class Block:
     def _slot_rows(self, order: tuple[int, ...], layout: Layout) -> SlotRows:
         if capturing(layout.device):
             raise RuntimeError(
-                "adapters: expected no adapter that scales outputs and no replaced module while a "
-                "graph is captured, found one; capture inside lora_ext.capturable(pool, max_rows)"
+                "adapters: expected adapters that neither scale outputs nor replace modules while "
+                "a graph is captured, found one that does; use lora_ext.capturable(pool, max_rows)"
             )
         table = [order.index(slot) if slot in order else -1 for slot in self.slots]
         each = self.assignment.ids(table, layout)
@@ -176,14 +176,14 @@ class Block:
         return SlotRows(order, rows, each[rows].long(), by_slot)
 
     def remedy(self) -> str:
-        """Return the remedy that an error message gives if names do not match a layer's rows."""
+        """Return the remedy for the error message if names do not match a layer's rows."""
         batch, assignment = _batch.get(), self.assignment
         if batch is None:
             return f"{_ONE_EACH}; {_LEAVE_OUT}"
         names = assignment.shape[0] * assignment.repeat if assignment.shape else batch.sequences
         if isinstance(assignment.places, Tensor) or names == batch.sequences:
             return _LEAVE_OUT
-        return f"{_ONE_EACH}: it has {batch.sequences} (set by batch_size= in a pipeline)"
+        return f"{_ONE_EACH}; it has {batch.sequences} sequences (a pipeline has batch_size=)"
 
     def __repr__(self) -> str:
         return f"Block({self.assignment.names})"
@@ -198,8 +198,8 @@ _LEAVE_OUT = (
 
 def _outlived() -> RuntimeError:
     return RuntimeError(
-        "adapters: the block was left while work started inside it still runs; wait for tasks and "
-        "threads inside the block, or enter a block in each of them"
+        "adapters: the block was left while tasks or threads that were started inside it still "
+        "run; wait for them inside the block, or enter a block in each of them"
     )
 
 
@@ -237,13 +237,13 @@ def put(block: Block | None) -> None:
 
 
 def current(handle: int, in_graph: bool = False) -> Block | None:
-    """Return the block that a layer of a pool has to use; every layer calls this function.
+    """Return the block that a layer of a pool must use; every layer calls this function.
 
-    In a forward it is the innermost block of the pool in this thread and task. In a backward that
-    recomputes a layer, it is the block of the layer's forward.
+    In a forward, this is the innermost block of the pool in this thread and task. If the backward
+    pass recomputes a layer, it is the block of the layer's forward.
 
     Args:
-        handle: Number of the pool.
+        handle: Number of the pool, from :func:`pool_handle`.
         in_graph: Whether a compiled graph calls this function. The backward of a graph disables
             grad mode.
 
@@ -257,8 +257,8 @@ def current(handle: int, in_graph: bool = False) -> Block | None:
     # backward it contains that thread's current block, and in autograd's threads it is None.
     if task >= 0:
         return _of_forward(handle, task, block, in_graph)
-    # Entering and leaving a block record it for autograd nodes. A switch to another asyncio task
-    # does not, so the first layer after the switch records the block of its task.
+    # A block is recorded for autograd nodes when it is entered or left, but not when asyncio
+    # switches to another task. The first layer after a switch records the block of the new task.
     if block is not _past.here.last:
         _past.record(block)
     while block is not None and block.handle != handle:
@@ -282,13 +282,13 @@ def untouched(pool: Pool, device: torch.device) -> None:
 
 
 def _of_forward(handle: int, task: int, block: Block | None, in_graph: bool) -> Block | None:
-    """Return the block of a layer that a backward recomputes.
+    """Return the block for a layer that is recomputed in a backward pass.
 
     Args:
         handle: Number of the pool.
-        task: Number of the backward in autograd.
-        block: The current block. The layer uses it only if this backward has entered it, because
-            the checkpointed function itself contains ``with adapters(...)``.
+        task: Autograd's id of the backward pass.
+        block: Current block. The layer uses it only if it was entered in this backward pass, by a
+            checkpointed function that contains ``with adapters(...)``.
         in_graph: See :func:`current`.
     """
     inside = block is not None and block.entry.backward == task
@@ -296,15 +296,15 @@ def _of_forward(handle: int, task: int, block: Block | None, in_graph: bool) -> 
     if block is None or inside:
         return block
     # Only a reentrant checkpoint inside the recomputed region disables grad mode. Its node is
-    # created now and not in the forward, so the block of the forward cannot be found from it.
+    # created now and not in the forward, so it does not lead to the block of the forward.
     if not torch.is_grad_enabled() and not in_graph:
         raise RuntimeError(
             "adapters: expected no reentrant checkpoint inside another, found one: the inner one "
             "has no node in the forward's graph; pass use_reentrant=False"
         )
     if block.lease.released:
-        # The pins were released when the block was left. The adapters are pinned again until the
-        # end of this backward, when autograd calls the queued callback.
+        # The adapters were unpinned when the block was left. Pin them again until the end of this
+        # backward pass, when autograd calls the queued callback.
         block.lease.renew()
         torch.autograd.Variable._execution_engine.queue_callback(block.lease.__exit__)
     return block
@@ -333,8 +333,8 @@ def forward_of(batch: Batch | None) -> contextlib.AbstractContextManager[None]:
 # -------------------------------------------------------------------------------------------------
 # Entering
 
-#: True while a block is open in any thread. Compiled graphs depend on it: one is compiled without
-#: blocks and another one with blocks.
+#: True while a block is open in any thread. Compiled graphs are guarded on this value: one graph is
+#: compiled for calls without blocks and another one for calls with blocks.
 any_block = False
 #: True while an open block has activated adapters, which compiled graphs do not support.
 any_activated = False
@@ -355,36 +355,37 @@ def adapters(
 
     The adapters are pinned in the pool until the block is left. Blocks can be nested; layers use
     the innermost block of their pool. Each thread and each asyncio task has its own blocks, and a
-    new thread starts without a block. A backward that recomputes layers (activation checkpointing)
-    uses the block of the forward, even if the block was left.
+    new thread starts without a block. If a backward pass recomputes layers (activation
+    checkpointing), they use the block of the forward, even if that block was left.
 
     Args:
         names: One name per sequence of the batch; one name per token, as a list of all rows or a
-            list of lists; or a single name for all rows. None and ``"__base__"`` are the base
-            model. Instead of a name, ``("a", 0.5)`` multiplies the update of an adapter by 0.5,
+            list of lists; or a single name for all rows. None and ``"__base__"`` select the base
+            model. Instead of a name, ``("a", 0.5)`` multiplies the update of adapter "a" by 0.5,
             and ``{"a": 0.7, "b": 0.3}`` is the weighted sum of several adapters (a mixture).
         token_ids: Index into ``names`` for each token, -1 for the base model: an integer tensor in
-            the shape of the activations without features, ``(B, T)`` or ``(rows,)``. It is copied
-            and checked here, which waits for the device.
+            the shape of the activations without features, ``(B, T)`` or ``(rows,)``. The tensor is
+            copied and checked when the block is entered, which waits for the device.
         input_ids: Token ids of the prompts, ``(B, T)``, for activated adapters (aLoRA). Such an
             adapter applies to the tokens of a row from the last occurrence of its invocation (a
             token sequence). A row without the invocation uses the base model, with a warning.
             Default: the ids of each forward, if a transformers model is attached.
-        starts: The positions at which activated adapters begin, if they are known: one per name,
+        starts: Positions at which activated adapters begin, if they are known: one per name,
             counted in the tokens of the row including padding. If an entry is None, an activated
             adapter applies to no token of the row, and an ordinary adapter to all tokens.
-        pool: The pool. Default: the only pool with an attached model; or the adapters of all layers
-            of :mod:`lora_ext.nn`, if there are such layers and no attached model.
+        pool: Pool that contains the adapters. Default: the only pool with an attached model; or all
+            layers of :mod:`lora_ext.nn`, if there are such layers and no attached model.
 
     Raises:
-        UnknownAdapterError: If the pool, or every layer of :mod:`lora_ext.nn`, lacks a name.
+        UnknownAdapterError: If a name is unknown to the pool, or to all layers of ``lora_ext.nn``.
         TypeError: If a weight is not a real number.
         NotImplementedError: If the update of an adapter in a mixture, or with a weight other than
             1, is not a product of two factors: see :meth:`AdapterPool.acquire`.
         ValueError: If there are no names; if lists have unequal lengths; if a weight is not finite;
-            if a mixture has too many pages; if ``token_ids`` are not
-            integers in ``[-1, len(names))``; if more than one of ``token_ids``, ``input_ids`` and
-            ``starts`` is not None; or if ``pool`` is None and there are several pools.
+            if the adapters of a mixture together exceed the pool's ``max_rank``; if ``token_ids``
+            are not integers in ``[-1, len(names))``; if more than one of ``token_ids``,
+            ``input_ids`` and ``starts`` is not None; or if ``pool`` is None and several pools have
+            attached models.
         RuntimeError: If ``pool`` is None and there is no pool.
 
     A forward inside the block raises ValueError if the batch does not have the size of ``names`` or
@@ -400,7 +401,7 @@ def adapters(
 def of_call(
     names: Names, token_ids: Tensor | None = None, *, pool: Pool | None = None, **prompt: Any
 ) -> Iterator[Block]:
-    """Enter :func:`adapters` around one call, without the warning about nested blocks."""
+    """Enter a block of :func:`adapters` around one call, without a warning if it is nested."""
     assignment = Assignment.of(names, token_ids)
     pool = only_pool() if pool is None else pool
     step = _step.get()
@@ -422,8 +423,8 @@ def of_call(
         )
         _count(block)
         try:
-            # The context variable is not reset with its token, because that would restore the outer
-            # block even if it was left first. `_leave` chooses the innermost open block instead.
+            # Do not reset the context variable with its token: that would restore the outer block
+            # even if the outer block was left first. `_leave` chooses the innermost open block.
             put(block)
             yield block
         finally:
@@ -444,7 +445,7 @@ def entered(block: Block | None) -> Iterator[None]:
 
 
 def _record(block: Block | None) -> None:
-    """Record the block for the next autograd nodes, unless a backward makes them."""
+    """Record the block of the next autograd nodes; do nothing while a backward pass is running."""
     if torch._C._current_graph_task_id() < 0:
         _past.record(block)
 
@@ -473,7 +474,7 @@ def _leave(block: Block) -> None:
 
 
 # -------------------------------------------------------------------------------------------------
-# Forwards that a block does not reach
+# Warnings about forwards to which a block does not apply, or applies by mistake
 
 _changes = 0  # number of times that a block was entered or left, in any thread
 _warned_elsewhere: set[int] = set()  # handles of pools, see `_warn_of_block_elsewhere`

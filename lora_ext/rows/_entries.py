@@ -47,8 +47,8 @@ def members_of(entry: Any, where: str) -> Members:
     """Return the adapters of an entry that have a weight other than 0.
 
     Args:
-        entry: the entry.
-        where: function and argument, for messages.
+        entry: an entry, which may be invalid.
+        where: prefix of error messages: function and argument.
 
     Raises:
         TypeError: If a weight is not a real number.
@@ -79,37 +79,37 @@ def _float32(weight: Any) -> float:
 
 
 def refuse_mixtures(entries: Sequence[object]) -> None:
-    """Raise NotImplementedError for an entry with a weight, for layers that cannot mix adapters."""
+    """Raise NotImplementedError if an entry has weights, which some layers cannot apply."""
     for entry in entries:
         if not is_plain(entry):
             raise NotImplementedError(
-                "adapters: names: expected one adapter with a weight of 1 for each row of experts "
-                "or of a compiled graph with its own adapters, found "
-                f"{entry!r:.200}; load them into an AdapterPool"
+                "adapters: names: expected one adapter with a weight of 1 for each row, found "
+                f"{entry!r:.200}; experts and compiled graphs support mixtures only if the "
+                "adapters are loaded into an AdapterPool"
             )
 
 
 def name_of(members: Members) -> Name | None:
-    """Return the name of the only member or the names of several; None for the base model."""
+    """Return the name of one member, the names of several, or None for the base model."""
     names = tuple(name for name, _ in members)
     return names if len(names) > 1 else next(iter(names), None)
 
 
 def entry_of(name: Name, weights: Sequence[float] | None = None) -> Entry:
-    """Return the entry of a name, with weights or with a weight of 1 for each adapter."""
+    """Return the entry for a name and its weights; by default each weight is 1."""
     if isinstance(name, str):
         return name if weights is None or weights[0] == 1 else (name, weights[0])
     return dict(zip(name, weights or (1.0,) * len(name), strict=False))
 
 
 def spelled(members: Members) -> Entry:
-    """Return the entry of the members; None for the base model."""
+    """Return the entry with these members, or None for the base model."""
     name = name_of(members)
     return None if name is None else entry_of(name, [weight for _, weight in members])
 
 
 def weights_of(rows: Sequence[Members]) -> tuple[tuple[float, ...], ...] | None:
-    """Return the weights of each row's members, filled up with 0; None if all weights are 1."""
+    """Return the weights of each row's members, padded with 0; None if all weights are 1."""
     if all(weight == 1 for row in rows for _, weight in row):
         return None
     width = max(map(len, rows))
@@ -117,12 +117,12 @@ def weights_of(rows: Sequence[Members]) -> tuple[tuple[float, ...], ...] | None:
 
 
 def parse(names: Any) -> tuple[list[Any], tuple[int, ...]]:
-    """Return the entries of the argument ``names``, and ``shape`` of :class:`Assignment`."""
+    """Return the entries of the argument ``names``, and their shape as in :class:`Assignment`."""
     if is_entry(names):
         return [names], ()
     if not isinstance(names, Sequence) or not names:
         remedy = "; convert an array or a generator with list(names)"
-        _refuse("adapters: names", "a name or a list of names", names, remedy)
+        _refuse("adapters: names", "a name or a non-empty list of names", names, remedy)
     flat: list[Any] = list(names)
     shape: tuple[int, ...] = (len(flat),)
     nested = [isinstance(row, list | tuple) and not is_entry(row) for row in flat]

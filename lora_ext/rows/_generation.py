@@ -19,15 +19,15 @@ from ._entries import Members, name_of, weights_of
 
 
 def generation_scope() -> contextlib.AbstractContextManager[None]:
-    """Return a context manager that on exit restores the current ``adapters`` blocks, if the
-    functions of this module replaced them inside."""
+    """Return a context manager that restores the current ``adapters`` blocks on exit. Inside it,
+    functions of this module may replace the blocks."""
     return _context.entered(innermost())
 
 
 def repeat_rows(handle: int, count: int) -> None:
     """Make each entry of a pool's blocks apply to ``count`` consecutive sequences from now on.
 
-    ``generate`` repeats the sequences of a batch in this way for beams and returned sequences.
+    ``generate`` repeats each sequence of a batch ``count`` times for beams or returned sequences.
     """
 
     def repeat(block: Block) -> Assignment:
@@ -39,10 +39,9 @@ def repeat_rows(handle: int, count: int) -> None:
 
 
 def select_rows(rows: Tensor | Sequence[int], batch: int) -> None:
-    """Restrict the blocks to some rows of the current batch, for all later forwards.
+    """Restrict the current blocks to some rows of the batch, for all later forwards.
 
-    This changes all current blocks with one name per row of the batch. Blocks with one name for all
-    rows, or with another number of names, are not changed.
+    Only blocks with one name per row of the batch are changed.
 
     Args:
         rows: Indices of the rows, in their new order.
@@ -64,7 +63,7 @@ def change_blocks(assign: Callable[[Block], Assignment]) -> None:
 
 
 def _mapped(block: Block | None, change: Callable[[Block], Block]) -> Block | None:
-    """Return a block with ``change`` applied to it and its outer blocks.
+    """Apply ``change`` to a block and its outer blocks, and return the new block.
 
     Blocks that do not change are not copied.
     """
@@ -81,24 +80,24 @@ def has_activated() -> bool:
 
 
 def activated_in(handle: int) -> Activated | None:
-    """Return the assignment of a pool's innermost block if it is an :class:`Activated`, or None."""
+    """Return the assignment of a pool's innermost block if it is :class:`Activated`, else None."""
     block = innermost_of(innermost(), handle) if _context.any_activated else None
     found = None if block is None else block.assignment
     return found if isinstance(found, Activated) else None
 
 
 def prompt_known(input_ids: Tensor | None, origin: int = 0) -> None:
-    """Find the starts of activated adapters in prompts, for the current blocks.
+    """Store in the current blocks the positions at which activated adapters start in the prompts.
 
-    The starts are valid until the surrounding :func:`generation_scope` is left. Starts that were
-    passed to a block are kept.
+    The starts are valid until the surrounding :func:`generation_scope` is left. If starts were
+    passed to a block, they remain unchanged.
 
     Args:
         input_ids: Token ids ``(B, T)`` of the prompts.
         origin: Number of tokens before the first one of ``input_ids``.
 
     Raises:
-        ValueError: If a block needs ids but they are None, or if their number of rows is wrong.
+        ValueError: If a block needs ids and they are None or have a wrong number of rows.
     """
     _change_activated(lambda activated: activated.of_prompt(input_ids, origin))
 
@@ -115,7 +114,7 @@ def _change_activated(change: Callable[[Activated], Assignment]) -> None:
 def activated_forward(
     input_ids: Tensor | None, rows: int, length: int, past: int, kept: int | Tensor = 0
 ) -> Iterator[None]:
-    """Set the adapter of each token for the layers of a model's forward.
+    """Set the adapter of each token for the layers of a forward, during a ``with`` block.
 
     Args:
         input_ids: Token ids ``(B, T)`` of the forward, or None.
@@ -166,13 +165,13 @@ def packed_block(
     """Return a block for one step of a server, with activations ``(1, tokens, features)``.
 
     The tokens are divided into runs of consecutive tokens of one request with one adapter. A
-    request has one run. It has two if its activated adapter begins inside the step: the first run
-    then uses the base model. The caller keeps the adapters pinned during the step.
+    request has two runs if an activated adapter begins inside the step: the first run then uses
+    the base model. Other requests have one run. The caller keeps the adapters pinned in the step.
 
     Args:
         handle: Number of the pool.
         num_slots: Number of slots of the pool.
-        runs: The adapters of each run with their weights, their slot (-1 for the base model), and
+        runs: For each run, the adapters with their weights, the slot (-1 for the base model) and
             the number of tokens. Two versions of an adapter have different slots.
         kept: For each token that the output head receives, the index of its run; the head's input
             is then ``(1, len(kept), features)``. None if the head receives all tokens.

@@ -1,9 +1,9 @@
 """Layouts of activations other than ``(sequences, tokens, features)``.
 
-A layer receives only activations, which do not show their layout: ``(4, 4, features)`` may be four
-sequences of four tokens, or the transpose. All layers with an adapter per row use this module:
-layers of a pool, layers with their own adapters, PEFT's layers, and layers with masks per row or
-with several clients in a batch.
+A layer receives only activations, and their shape may not determine their layout: for example,
+``(4, 4, features)`` may be (sequences, tokens) or (tokens, sequences). All layers with an adapter
+per row use this module: layers of a pool, layers with their own adapters, PEFT's layers, and layers
+with masks per row or with several clients in a batch.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ TOKENS_FIRST = {
 def tokens_first(model: nn.Module) -> frozenset[str]:
     """Return the names of the modules with tokens as the first dimension of their input.
 
-    The type is read for each model inside the model, such as an encoder or the base of a PEFT
-    model.
+    Every module with a config, such as an encoder or the base of a PEFT model, is looked up by its
+    own model type.
     """
     found: set[str] = set()
     for root, module in model.named_modules():
@@ -41,7 +41,7 @@ def tokens_first(model: nn.Module) -> frozenset[str]:
 
 
 def set_tokens_first(model: nn.Module) -> None:
-    """Set ``tokens_first`` in all layers of a model that have this attribute and this layout."""
+    """Set the attribute ``tokens_first`` of all layers with tokens as their first dimension."""
     for name in tokens_first(model):
         layer: Any = model.get_submodule(name)
         if hasattr(type(layer), "tokens_first"):

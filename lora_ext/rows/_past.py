@@ -1,8 +1,8 @@
-"""The block of each autograd node, for layers that a backward recomputes.
+"""Lookup of the ``adapters`` block of each autograd node, for layers recomputed in backward.
 
-Activation checkpointing recomputes a layer in the backward. The layer needs the block of its
+Activation checkpointing recomputes a layer in the backward pass. The layer needs the block of its
 forward, but this block may already have been exited, and on a GPU autograd runs the backward in
-another thread. The block is therefore found through the autograd node that the backward evaluates:
+another thread. The block is therefore looked up by the autograd node that the backward evaluates:
 
 * Autograd numbers the nodes that a thread creates: 0, 1, 2, ...
 * Whenever a thread enters or exits a block, it records the number of its next node. These records
@@ -39,11 +39,11 @@ class _Timeline:
     def record(self, block: Any) -> None:
         """Record that ``block`` is innermost from the next node on."""
         now = torch._C._autograd._get_sequence_nr()  # pyright: ignore[reportAttributeAccessIssue]
-        # If no node was created since the last change, as in serving, the last entry is not needed.
+        # If no node was created since the last record, as in serving, that record is not needed.
         if self.starts[-1] == now:
             self.starts.pop()
             self.blocks.pop()
-        # The entry before it may then have the same block as the new one.
+        # The record before the removed one may have the same block as the new record.
         if not self.blocks or self.blocks[-1] is not block:
             self.starts.append(now)
             self.blocks.append(block)
@@ -67,9 +67,9 @@ class _Thread(threading.local):
     def __init__(self) -> None:
         self.timeline: _Timeline | None = None
         self.last: Any = ...  # the block that was recorded last; `...` before the first record
-        # Backward and node of the last call of block_of_forward, and its result.
+        # Backward pass and node of the last call of block_of_forward, and the call's result.
         self.resolved: tuple[tuple[int, int], Any] = ((-1, -1), None)
-        # By pool, the value of `_context._changes` at the last search for other threads' blocks.
+        # Value of `_context._changes` at the last search for other threads' blocks, by pool.
         self.looked: dict[int, int] = {}
 
 
@@ -78,7 +78,7 @@ _timelines: deque[_Timeline] = deque(maxlen=64)  # the latest threads, also fini
 
 
 def record(block: Any) -> None:
-    """Record the block of this thread's next autograd nodes. Do not call this in a backward."""
+    """Record ``block`` as the block of this thread's next autograd nodes, outside a backward."""
     if here.timeline is None:
         here.timeline = _Timeline()
         _timelines.append(here.timeline)
@@ -87,10 +87,10 @@ def record(block: Any) -> None:
 
 
 def block_of_forward(task: int) -> Any:
-    """Return the block in which the node that this thread's backward evaluates was created.
+    """Return the block that was innermost when the node that autograd evaluates was created.
 
     Args:
-        task: Number of the backward in autograd.
+        task: Autograd's id of the backward pass that this thread runs.
 
     Raises:
         RuntimeError: If the node is too old, or if several threads have recorded different blocks
@@ -106,9 +106,9 @@ def block_of_forward(task: int) -> Any:
     if here.timeline is not None:
         block = here.timeline.at(key[1])
     else:
-        # This is autograd's thread of a device, which creates no nodes. A node does not contain the
-        # thread that created it, so all threads that have entered a block must have recorded the
-        # same block for this number.
+        # This is autograd's thread for a device, which creates no nodes. A node does not say which
+        # thread created it, so all threads that have entered a block must have recorded the same
+        # block for this number.
         found = [line.at(key[1]) for line in list(_timelines) if line.blocks != [None]]
         block = found[0] if found else None
         if any(other is not block for other in found):

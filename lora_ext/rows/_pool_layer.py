@@ -1,4 +1,4 @@
-"""The base class of layers that replace a base module and add the adapters of a pool."""
+"""Base class of layers that replace a base module and add the adapters of a pool."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
     from ._context import Block
 
-#: State that a layer shares with its base module.
+#: Attributes of ``nn.Module`` that a layer shares with its base module.
 _STATE = ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set")
 _SIZES = (("in_features", "out_features"), ("nx", "nf"), ("num_embeddings", "embedding_dim"))
 
@@ -35,8 +35,8 @@ ERROR = "error"
 def no_block(where: str = "") -> RuntimeError:
     """Return the error for a forward outside every block."""
     return RuntimeError(
-        f"attach: default='error': expected a block around every forward, found none{where}; enter "
-        "lora_ext.adapters(...) in this thread, or pass adapter_names= to the call"
+        "attach: default='error': expected an adapters block around every forward, found none"
+        f"{where}; enter lora_ext.adapters(...) in this thread, or pass adapter_names= to the call"
     )
 
 
@@ -44,7 +44,7 @@ _warned: set[int] = set()  # handles of the pools for which `_warn_of_backward` 
 
 
 def _warn_of_backward(handle: int, name: str, _: Tensor) -> None:
-    """Warn once per pool that parameters of the base model get gradients and adapters do not."""
+    """Warn once per pool that the base model's parameters get gradients and adapters do not."""
     if handle not in _warned:
         _warned.add(handle)
         warnings.warn(
@@ -81,7 +81,7 @@ class PoolLayer(nn.Module):
     #: Entry for forwards outside every block; None for the base model; "error" to raise
     #: RuntimeError.
     default: Entry = None
-    #: Text of ``default`` for compiled graphs, or None.
+    #: ``default`` as text for the error message of compiled graphs, or None.
     default_text: str | None = None
 
     #: True for the output head, which may receive only some of the tokens, for example the last of
@@ -103,21 +103,21 @@ class PoolLayer(nn.Module):
         self.stand_in(base, pool, name)
 
     def stand_in(self, base: nn.Module, pool: Pool, name: str) -> None:
-        """Share the state of ``base`` and store the other arguments."""
+        """Share the state of ``base`` with this layer, and store the arguments."""
         for state in _STATE:
             self.__dict__[state] = base.__dict__[state]
-        # Not registered as a child, which would prefix every key with "base.".
+        # `base` is not registered as a child, since this would prefix every key with "base.".
         self.__dict__.update(base=base, pool=pool, name=name, handle=pool_handle(pool))
         self.training = base.training
 
     def rows_in(
         self, block: Block, leading: torch.Size, device: torch.device, of_tokens: bool = False
     ) -> Rows:
-        """Return the rows of this layer's input in a block."""
+        """Return the rows of this layer's input, with the adapters that a block assigns to them."""
         if self.shared and block.assignment.shape != ():
             raise ValueError(
                 "adapters: names: expected one name for all sequences, as in adapters('name'), "
-                f"because they share the rows of {self.name!r}, found {block}"
+                f"found {block}; all sequences share the input rows of {self.name!r}"
             )
         try:
             return block.rows(leading, device, self.tokens_first, of_tokens)
@@ -128,7 +128,7 @@ class PoolLayer(nn.Module):
             raise ValueError(f"{error} at {self.name!r}; {block.remedy()}") from error
 
     def by_default(self, x: Any, *args: Any) -> Any:
-        """Run the forward with the default adapter, outside every block.
+        """Return the output of a forward outside every block, with the default adapter.
 
         Raises:
             RuntimeError: If the default is "error".
@@ -139,9 +139,9 @@ class PoolLayer(nn.Module):
             return self(x, *args)
 
     def watch_backward(self, y: Tensor) -> None:
-        """Register a hook on the output ``y`` that warns in a backward.
+        """Register a hook on the output ``y`` that warns in the backward pass.
 
-        The hook is registered only if a parameter of ``base`` requires gradients.
+        No hook is registered unless a parameter of ``base`` requires gradients.
         """
         if y.requires_grad and self.handle not in _warned:
             if any(parameter.requires_grad for parameter in self.base.parameters()):
@@ -153,7 +153,7 @@ class PoolLayer(nn.Module):
         return super().train(mode)
 
     def extra_repr(self) -> str:
-        """Return the base module and the number of slots."""
+        """Return a string with the base module and the number of slots."""
         return f"base={self.base}, slots={self.pool.max_slots}"
 
     def __getattr__(self, name: str) -> Any:
@@ -166,9 +166,10 @@ class PoolLayer(nn.Module):
             return getattr(self.__dict__["base"], name)
 
     def __setattr__(self, name: str, value: Any) -> None:
-        """Set an attribute, and set it on ``base`` if it is state of ``base``.
+        """Set an attribute of this layer, or of ``base`` if only ``base`` has it.
 
-        compressed-tensors replaces the state of the layers when the model is first called.
+        The dicts of parameters, buffers and children are set on both, because compressed-tensors
+        replaces them when the model is first called.
         """
         base = self.__dict__.get("base")
         if name == "qconfig":  # torch.ao.quantization sets it on every module before quantising
@@ -193,7 +194,7 @@ class PoolLayer(nn.Module):
             setattr(layer, setting, getattr(self, setting))
         return layer
 
-    # The methods of ``base``, because quantised subclasses of nn.Linear override them.
+    # Call the methods of ``base``, because quantised subclasses of nn.Linear override them.
     def _save_to_state_dict(self, *args: Any, **kwargs: Any) -> None:
         self.base._save_to_state_dict(*args, **kwargs)
 

@@ -1,7 +1,7 @@
 """Tensors that the layers of a step share: adapter ids per row, their plans, and small constants.
 
-All layers of a step need the same tensors. The tensors are cached, because a fill, a copy to the
-device or the computation of a plan takes long compared with the forward of one layer.
+The tensors are cached, because filling a tensor, copying it to the device and computing a plan take
+long compared with the forward of one layer.
 """
 
 from __future__ import annotations
@@ -18,9 +18,10 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from lora_ext import ops
 from lora_ext._torch import compiles
 
-# Maximum number of cached tensors. The number of rows, for example, has a few values in a training
-# step, and a new value for each token in generation without a cache.
+# Maximum number of cached tensors. For example, a training step needs them for a few numbers of
+# rows, and generation without a KV cache needs them for a new number of rows at each token.
 _KEPT = 64
+_CPU = torch.device("cpu")  # comparing devices takes a third of the time of reading `type`
 
 
 class Rows(NamedTuple):
@@ -38,7 +39,7 @@ class Rows(NamedTuple):
 
 
 def planned(used: tuple[int, ...], ids: Tensor, weights: Tensor | None = None) -> Rows:
-    """Return the rows with these ids and their plan. Only this function creates :class:`Rows`."""
+    """Return rows with the plan of ``ids``. Only this function creates :class:`Rows`."""
     return Rows(used, ids, ops.lora_plan(ids, len(used)), weights)
 
 
@@ -48,12 +49,12 @@ def renumbered(ids: Tensor, numbers: Sequence[int]) -> Tensor:
 
 
 def subset(rows: Rows, chosen: Sequence[int]) -> Rows:
-    """Return rows that use only some of the adapters of ``rows``.
+    """Return rows with only the adapters ``chosen``; rows of other adapters use the base model.
 
     Args:
         rows: Rows of a layer.
-        chosen: Indices into ``rows.used``, in the order of the result's ``used``. Rows with other
-            adapters become rows of the base model.
+        chosen: Indices into ``rows.used`` of the adapters to keep, in the order of the result's
+            ``used``.
     """
     place = [chosen.index(i) if i in chosen else -1 for i in range(len(rows.used))]
     used = tuple(rows.used[i] for i in chosen)
@@ -86,7 +87,7 @@ _widened: Any = WeakTensorKeyDictionary()
 
 
 def together(rows: Rows, also: Sequence[int]) -> Rows:
-    """Return the same rows with the adapters ``also`` in ``used``, even if they have no rows.
+    """Return ``rows`` with the adapters ``also`` added to ``used``, even those without rows.
 
     Processes that train one model have different rows. FSDP2 and ZeRO concatenate the gradients in
     each process and sum the results over the processes. If an adapter had no gradient in one
@@ -116,15 +117,15 @@ def _with_used(rows: Rows, used: tuple[int, ...]) -> Rows:
 
 
 class _Unknown:
-    """Substitute for the graph that is being captured, if this version of torch cannot return it.
+    """Substitute for the graph being captured, if this version of torch cannot return it.
 
-    Instances never compare equal, so no two calls are taken for one capture.
+    Instances never compare equal, so two calls never count as the same capture.
     """
 
 
 def capture(device: torch.device) -> Any:
     """Return the CUDA graph that the current stream of a device is capturing, or None."""
-    if device.type != "cuda" or not torch.cuda.is_current_stream_capturing():
+    if device == _CPU or device.type != "cuda" or not torch.cuda.is_current_stream_capturing():
         return None
     shown = getattr(torch.cuda.CUDAGraph, "get_currently_capturing_graph", None)
     return _Unknown() if shown is None else shown()
@@ -135,18 +136,17 @@ def capturing(device: torch.device) -> bool:
     return capture(device) is not None
 
 
-def traced_by_python() -> bool:
-    """Return whether a Python dispatch mode intercepts the ops of this thread, as in tracing."""
-    return torch._C._len_torch_dispatch_stack() > 0
+#: Returns the number of Python dispatch modes that intercept ops of this thread, as in tracing.
+traced_by_python = torch._C._len_torch_dispatch_stack
 
 
 class Kept:
     """Cache of tensors by key and device. Above ``most`` entries, the oldest one is dropped.
 
-    Which tensors are found depends on the caller:
+    The caller determines which tensors are found:
 
-    * Eager code finds only tensors that were computed on the same stream. For those of another
-      stream it would have to wait.
+    * Eager code finds only tensors that were computed on the same stream. It would have to wait
+      for tensors of another stream.
     * The capture of a CUDA graph finds only tensors that were computed in the same capture, on any
       of its streams, because a replay computes only these. If torch cannot return the graph that is
       being captured, no tensor is found.
@@ -157,7 +157,7 @@ class Kept:
         self._most = most
         self._found: OrderedDict[Hashable, Any] = OrderedDict()
         # Tensors by the graph that is being captured. The first call outside of a capture drops
-        # them: if the graph object is captured again, the new graph does not compute them.
+        # them: if the graph object is captured again, the new capture does not compute them.
         self._captured: weakref.WeakKeyDictionary[Any, dict[Hashable, Any]] | None = None
 
     def __len__(self) -> int:
@@ -179,7 +179,8 @@ class Kept:
                 of_graph[where] = _ordinary(make, *args)
             return of_graph[where]
         self._captured = None
-        stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
+        on_cuda = device != _CPU and device.type == "cuda"
+        stream = torch.cuda.current_stream(device).cuda_stream if on_cuda else 0
         where = (key, device, stream)
         found = self._found.get(where)
         if found is None:
@@ -222,14 +223,14 @@ def _all_rows(num_rows: int, device: torch.device) -> tuple[Tensor, Tensor | Non
 
 
 def constant(values: Sequence[float], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Return a tensor of the values, filled on the device: captures forbid copies from the host."""
+    """Return a tensor of the values, filled on the device, since captures forbid host copies."""
     return keep((dtype, *values), device, repeated, values, 1, dtype, device)
 
 
 def repeated(
     values: Sequence[float], times: int, dtype: torch.dtype, device: torch.device
 ) -> Tensor:
-    """Return a tensor with each value ``times`` times, filled on the device as in ``constant``."""
+    """Return a tensor that repeats each value ``times`` times, filled on the device."""
     runs: list[tuple[float, int]] = []
     for value in values:
         same = bool(runs) and runs[-1][0] == value
@@ -241,7 +242,7 @@ def repeated(
 def scales(values: Sequence[float | Tensor], device: torch.device) -> Tensor | None:
     """Return a float32 tensor of the values, or None if all are 1.
 
-    Values that are tensors are read at every call, as PEFT's hot swap changes scalings in place.
+    Values that are tensors are read at every call, since PEFT's hot swap changes them in place.
     """
     for value in values:
         if isinstance(value, Tensor):
@@ -260,18 +261,18 @@ def rows_of(
     enabled: tuple[bool, ...] | None = None,
     tokens_first: bool = False,
 ) -> Rows:
-    """Group rows by the adapters that occur in ``adapter_ids``.
+    """Return the rows of a layer, grouped by the adapters that occur in ``adapter_ids``.
 
     The host has to read which adapters occur. If the ids are on a device, the host waits for them
     once per tensor, not once per layer. It waits again after each in-place change that increments
-    the tensor's version (one through ``.data`` does not). A traced graph uses every adapter.
+    the tensor's version (a change through ``.data`` does not). A traced graph uses every adapter.
 
     Args:
         adapter_ids: int64 or int32 tensor of values in ``[-1, num_adapters)``: one id per row, or
             one per sequence if ``leading`` is ``(sequences, ...)``; or ``(T, K)`` for T rows.
         num_adapters: Number of adapters that the ids index.
         leading: Dimensions of the layer's input before the features; default is one row per id.
-        enabled: Whether each adapter is used; rows of other adapters become rows of the base model.
+        enabled: Whether each adapter is used; rows of disabled adapters use the base model.
         tokens_first: Whether ``leading`` is ``(tokens, sequences, ...)``.
 
     Raises:
@@ -292,7 +293,7 @@ def rows_of(
     device = adapter_ids.device
     on_host = device.type == "cpu"
     if compiles() or (adapter_ids.is_inference() and not on_host):
-        return make()  # not cached: without a version, changes of an inference tensor are not seen
+        return make()  # not cached: an inference tensor has no version, so changes are invisible
     # If the ids differ from `seen`, they were changed since `known` was made. On a device `seen` is
     # their version. On the host it is a copy, as numpy and `.data` do not change the version.
     seen, known = _by_ids.get(adapter_ids, (None, None))
@@ -323,7 +324,7 @@ def _one_per_row(ids: Tensor, leading: torch.Size | None, tokens_first: bool) ->
 
 
 def group(adapter_ids: Tensor, num_adapters: int) -> Rows:
-    """Return the rows with the ids ``(T,)``; the host waits for ids on a device."""
+    """Return the rows with ids ``(T,)``, grouped by adapter; the host waits for ids on a device."""
     found = adapter_ids.unique().tolist()  # sorted
     if found and not -1 <= found[0] <= found[-1] < num_adapters:
         expected = f"ids in [-1, {num_adapters})"

@@ -1,7 +1,8 @@
-"""Rows for compiled graphs.
+"""Ops that return the adapter of each row while a compiled graph runs.
 
-torch.compile cannot trace a ContextVar. A graph therefore calls an op that reads the block and
-returns the ids when the graph runs. The same graph is valid for every assignment of adapters.
+torch.compile cannot trace a ContextVar. A graph therefore calls an op that reads the current
+``adapters`` block and returns the ids when the graph runs. The same graph is valid for every
+assignment of adapters.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ class _Tracing:
     For an eager forward, the batch is stored in a context variable. Dynamo can trace neither
     context variables nor thread-locals, but it can trace an attribute of a global object. All
     threads share this attribute. If two threads trace at the same time, a graph may contain the
-    batch of the other thread. If the names of its block then do not match, ValueError is raised.
+    batch of the other thread. Names that do not match that batch then raise ValueError.
     """
 
     # Number of sequences, then their lengths in tokens; empty outside a forward.
@@ -37,8 +38,8 @@ class _Tracing:
 tracing = _Tracing()
 
 
-#: Value of ``default`` for a layer that raises outside every block, because its active adapter is
-#: an activated one.
+#: Value of ``default`` for a layer whose active adapter is an aLoRA adapter. Outside every block
+#: such a layer raises an error.
 NOBODY = -2
 
 
@@ -61,16 +62,16 @@ def pool_rows(
     default: str | None = None,
     mixed: int = 0,
 ) -> Rows:
-    """Return the rows of a pool's layer in the block in which a graph runs, with slots as ids."""
+    """Return a pool layer's rows, with slots as ids, from the block around a compiled graph."""
     where = handle, leading, device, tokens_first, of_tokens
     return planned(tuple(range(num_slots)), *slots_and_weights(*where, default, mixed))
 
 
 def slots_and_weights(*where: Any) -> tuple[Tensor, Tensor | None]:
-    """Return the slots and weights of a pool layer's rows, in the block in which a graph runs.
+    """Return the slots and weights of a pool layer's rows, from the block around a compiled graph.
 
-    The arguments are those of the op ``active_adapters`` except ``batch``. The last one is the
-    number of weights per row. If it is 0, the weights are None, as no block has had weights.
+    The arguments are those of the op ``active_adapters`` except ``batch``. The last argument is the
+    number of weights per row. If it is 0, no block has had weights, and the weights are None.
     """
     at, default, mixed = where[:-2], *where[-2:]
     ids, weights = _active_adapters(*at, tracing.batch, default, mixed)
@@ -87,7 +88,7 @@ def layer_rows(names: tuple[str, ...], default: int, *where: Any) -> Rows:
 
 
 def block_of_graph(handle: int, default: str | None) -> _context.Block | None:
-    """Return the block in which a compiled graph runs.
+    """Return the block in which a compiled graph runs, or None if there is no block.
 
     Raises:
         RuntimeError: If there is no block and ``default``, the text of an entry, is not None.
@@ -95,9 +96,9 @@ def block_of_graph(handle: int, default: str | None) -> _context.Block | None:
     block = _context.current(handle, in_graph=True)
     if block is None and default is not None:
         raise RuntimeError(
-            f"attach: default={default}: expected a block around a compiled forward, found none: "
-            "torch.compile does not trace the block of the default adapter; enter "
-            "lora_ext.adapters(...) around the call"
+            f"attach: default={default}: expected a compiled forward inside "
+            "lora_ext.adapters(...), found one outside; torch.compile cannot trace the choice of "
+            "the default adapter"
         )
     return block
 
@@ -132,7 +133,7 @@ def _active_adapters(
             rows = block.rows(torch.Size(leading), device, True, of_tokens)
     if mixed and rows.weights is not None:
         weights[:, : rows.weights.shape[1]] = rows.weights
-    # The ids are copied, as a graph may reuse an op's result, and those of the block are cached.
+    # Copy the ids: the block caches them, and a graph may overwrite the result of an op.
     return ids.copy_(rows.ids), weights
 
 

@@ -18,7 +18,7 @@ from lora_ext.serving import Engine, Logprobs, RequestStream, TextStream, TokenL
 
 from ._requests import Chat, Completion, Embedding, Prompt
 
-_MOST_VALUES = 50_000  # most log-probabilities of prompts in one response
+_MOST_VALUES = 50_000  # maximum number of prompt log-probabilities in one response
 
 _OBJECTS = {  # field `object` of complete and of streamed responses, by kind of request
     Chat: ("chat.completion", "chat.completion.chunk"),
@@ -32,14 +32,14 @@ _Tokens: TypeAlias = list[tuple[int, TokenLogprob | None, int]]
 
 @dataclass(eq=False)
 class Choice:
-    """Answer to one prompt of a request: a running request of the engine, and what was sent of it.
+    """Answer to one prompt of a request: the engine's running request, and the tokens sent so far.
 
     Args:
         asked: body of the request.
         engine: engine that runs the request.
         prompt: prompt as the engine received it.
         stream: the running request.
-        index: number of the choice in the response.
+        index: index of the choice in the response.
     """
 
     asked: Chat | Completion
@@ -58,7 +58,7 @@ class Choice:
         self._plain = TextStream(self.engine.tokenizer)  # decodes tokens to find their offsets
 
     async def _no_texts(self) -> AsyncIterator[str]:
-        """Yield nothing: the prompt is computed, and the token after it is dropped."""
+        """Wait until the prompt is computed, drop the token after it, and yield nothing."""
         async for _ in self.stream:
             pass
         self.stream.tokens = []
@@ -66,7 +66,7 @@ class Choice:
             yield text
 
     async def whole(self) -> dict[str, Any]:
-        """Return the choice of a complete response, after the last token."""
+        """Wait for the last token, and return the choice of a complete response."""
         text = "".join([text async for text in self._texts])
         echo, tokens = self._echo()
         message = {"role": "assistant", "content": text}
@@ -76,12 +76,12 @@ class Choice:
         return {**choice, **more, "finish_reason": stream.finish_reason}
 
     async def parts(self) -> AsyncIterator[dict[str, Any]]:
-        """Yield the choices of the events of a streamed response."""
+        """Yield the choice of each event of a streamed response."""
 
         def said(text: str) -> dict[str, Any]:
             return {"delta": {"content": text}} if self._chat else {"text": text}
 
-        # The log-probabilities of the prompt are known when the first token is.
+        # The log-probabilities of the prompt are known when the first token is known.
         first = await anext(self._texts, None) if self._logprobs.prompt_top is not None else None
         (echo, tokens), more = self._echo(), await self._of_prompt()
         if self._chat:
@@ -96,9 +96,10 @@ class Choice:
         yield {**choice, "finish_reason": self.stream.finish_reason}
 
     def _choice(self, said: dict[str, Any], end: int, before: _Tokens | None = None) -> Any:
-        """Return a choice with the tokens ``before``, and the generated ones up to ``end``.
+        """Return a choice with the fields ``said`` and the tokens that were not returned before.
 
-        Generated tokens that an earlier choice contained are left out.
+        These are the tokens of ``before``, such as an echoed prompt, and the generated ones up to
+        ``end``.
         """
         tokens = self.stream.tokens[self._sent : end]
         entries = self._logprobs.tokens[self._sent : end]
@@ -141,13 +142,13 @@ class Choice:
         if isinstance(asked, Completion) and asked.prompt_logprobs is not None:
             prompt = self._logprobs.prompt  # incomplete after a disconnect
             entries = [prompt[i] for i in range(1, len(ids)) if i in prompt]
-            # Another thread converts them, because they may be many.
+            # Another thread converts the entries, because there may be many.
             ranked = await asyncio.to_thread(list, map(self._ranked, entries))
             found["prompt_logprobs"] = [None, *ranked]
         return found
 
     def _ranked(self, entry: TokenLogprob) -> dict[str, Any]:
-        """Return the most likely tokens and the token itself in vLLM's format, by id."""
+        """Return the entry's most likely tokens and its own token in vLLM's format, by token id."""
         top = entry.top[: getattr(self.asked, "prompt_logprobs", 0)]
         every = {token: (value, rank) for rank, (token, value) in enumerate(top, 1)}
         every[entry.token] = entry.value, entry.rank
@@ -177,7 +178,7 @@ class Choice:
         return {"token": text, "logprob": _finite(value), "bytes": found, **best}
 
     def _best(self, entry: TokenLogprob, top: int) -> dict[str, float]:
-        """Return the ``top`` most likely tokens, and the token itself, by text."""
+        """Return by text the log-probabilities of the most likely tokens and the entry's token."""
         found: dict[str, float] = {}
         for token, value in dict([*entry.top[:top], (entry.token, entry.value)]).items():
             text = self.engine.token_text(token)
@@ -198,7 +199,7 @@ def _finite(value: float) -> float:
 
 @contextlib.contextmanager
 def cancelled_on_errors(streams: Sequence[RequestStream]) -> Iterator[None]:
-    """Cancel the requests if an error leaves the block."""
+    """Cancel the requests if the ``with`` block raises an error."""
     try:
         yield
     except BaseException:
@@ -210,10 +211,10 @@ def cancelled_on_errors(streams: Sequence[RequestStream]) -> Iterator[None]:
 async def sized(
     asked: Chat | Completion, engine: Engine, prompts: list[Prompt], top: int
 ) -> list[Any]:
-    """Return the token ids of prompts, which the response contains with ``top`` log-probabilities.
+    """Return the token ids of prompts, for a response with ``top`` log-probabilities per token.
 
     Raises:
-        ValueError: If there are too many log-probabilities for one response.
+        ValueError: If the response would contain too many log-probabilities.
     """
     count, ids = asked.n or 1, await engine.encode_all(prompts)
     values = sum(map(len, ids)) * count * (top + 1)
@@ -238,7 +239,7 @@ def _usage(choices: Sequence[Choice]) -> dict[str, int]:
 
 
 async def whole(asked: Chat | Completion, choices: Sequence[Choice]) -> dict[str, Any]:
-    """Return the complete response to a request, after the last token of each choice."""
+    """Wait for the last token of each choice, and return the complete response to a request."""
     found = await asyncio.gather(*(choice.whole() for choice in choices))
     return {**_head(asked, choices), "choices": found, "usage": _usage(choices)}
 
@@ -272,7 +273,7 @@ async def events(
 
 
 async def _merged(parts: Sequence[AsyncIterator[dict[str, Any]]]) -> AsyncIterator[dict[str, Any]]:
-    """Yield the items of several iterators as they come."""
+    """Yield the items of several iterators, each as soon as it is available."""
     waiting = {asyncio.ensure_future(anext(each)): each for each in parts}
     try:
         while waiting:

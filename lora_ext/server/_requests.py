@@ -36,7 +36,7 @@ def _by_name(*groups: tuple[tuple[Any, ...], str]) -> dict[str, tuple[Any, ...]]
     return {name: values for values, names in groups for name in names.split()}
 
 
-# Fields that are accepted only with null and with values that have no effect, by their values.
+# Fields that are accepted only with null or with the listed values, which have no effect.
 _NEUTRAL = _by_name(
     ((0,), "presence_penalty frequency_penalty priority routed_experts_prompt_start"),
     ((1,), "best_of length_penalty stream_interval"),
@@ -135,9 +135,9 @@ class _ForModel(_Asked):
 class _Generates(_ForModel):
     """Common fields of requests for chats and completions."""
 
-    #: Default of ``max_tokens``; None is the default of :meth:`Engine.begin`.
+    #: Default of ``max_tokens``; None selects the default of :meth:`Engine.begin`.
     default_max_tokens: ClassVar[int | None] = None
-    #: Values without an effect of the fields that support no other value, by name.
+    #: Accepted values of each field that is not supported, by name. These values have no effect.
     neutral: ClassVar[Mapping[str, tuple[Any, ...]]] = _NEUTRAL
     n: int | None = Field(None, ge=1, le=_MAX_ANSWERS)
     max_tokens: int | None = Field(None, ge=1)
@@ -191,7 +191,7 @@ class _Generates(_ForModel):
         return bool(self.stream_options and self.stream_options.include_usage)
 
     def record(self) -> Logprobs:
-        """Return a record for the log-probabilities that the request asks for."""
+        """Return an empty record for the log-probabilities that the request requires."""
         raise NotImplementedError
 
     @property
@@ -204,18 +204,18 @@ class _Generates(_ForModel):
         """Return the keyword arguments of :meth:`Engine.begin` except the prompt and the adapter.
 
         Args:
-            number: number of the answer to the prompt; as in vLLM, it is added to the seed.
+            number: index of the answer to the prompt; as in vLLM, it is added to the seed.
 
         Raises:
             ValueError: If fields contradict each other.
         """
         if self.usage_wanted and not self.stream:
             found = f"stream={self.stream}"
-            raise ValueError(f"stream_options: expected only with stream=True, found {found}")
+            raise ValueError(f"stream_options: expected null unless stream is true, found {found}")
         form = read_format(self.response_format, self.structured_outputs)
         for name in ("stop", "stop_token_ids", "min_tokens"):
             if form is not None and (found := getattr(self, name)):
-                expected = "none with a required format, which decides where the answer ends"
+                expected = "null with response_format or structured_outputs"
                 raise ValueError(f"{name}: expected {expected}, found {found!r:.200}")
         temperature, top_p = (1.0 if x is None else x for x in (self.temperature, self.top_p))
         most = self.max_tokens or self.max_completion_tokens or self.default_max_tokens
@@ -242,10 +242,10 @@ class Chat(_Generates):
     top_logprobs: Top | None = None
 
     def record(self) -> Logprobs:
-        """Return a record for the log-probabilities that the request asks for."""
+        """Return an empty record for the log-probabilities that the request requires."""
         top = self.top_logprobs
         if top and not self.logprobs:
-            raise ValueError(f"top_logprobs: expected 0 without logprobs, found {top}")
+            raise ValueError(f"top_logprobs: expected 0 unless logprobs is true, found {top}")
         return Logprobs((top or 0) if self.logprobs else None)
 
     def prompts(self) -> list[Prompt]:
@@ -265,7 +265,7 @@ class Completion(_Generates):
     prompt_logprobs: Top | None = None  # as in vLLM
 
     def record(self) -> Logprobs:
-        """Return a record for the log-probabilities that the request asks for."""
+        """Return an empty record for the log-probabilities that the request requires."""
         if self.max_tokens == 0 and not self.echo:
             found = self.max_tokens
             raise ValueError(f"max_tokens: expected at least 1 without echo, found {found}")
@@ -290,7 +290,7 @@ class Embedding(_ForModel):
 
 
 def _separate(given: Any) -> list[Any]:
-    """Return the texts of a field; the tokens of one text are a single item."""
+    """Return the texts of a field as a list. A text given as tokens is one item."""
     return [given] if isinstance(given, str) or isinstance(given[0], int) else given
 
 

@@ -40,6 +40,8 @@ class Settings:
         device: torch device of the model. None is "cuda" if torch finds a GPU, otherwise "cpu".
         max_requests: maximum number of waiting and running requests.
         max_rank: maximum rank of an adapter.
+        lora_dtype: dtype of the adapters in memory. "auto": that of the model; "float8_e4m3fn":
+            half the bytes of 16 bits, with rounded values, see :class:`~lora_ext.AdapterPool`.
         context: maximum number of tokens of a request's prompt and answer.
         max_body: maximum size of a request's body in bytes.
         origins: origins of web pages that may send requests (CORS).
@@ -47,8 +49,8 @@ class Settings:
             it is faster on this machine; "plain": always a copy; "8", "4": a copy with 8 or 4 bits
             per weight; "none": no copy. No copy is made if it would take more than a quarter of the
             free memory.
-        exact: whether to make the model :func:`exact <lora_ext.exact>`: the log-probabilities of an
-            answer then have the bits of a trainer's forward. The model must be on the CPU.
+        exact: whether to make the model :func:`exact <lora_ext.exact>`, so that log-probabilities
+            are bitwise equal to those of a trainer's forward. The model must be on the CPU.
         max_loaded_bytes, host_cache_bytes, max_wait_s: see :class:`~lora_ext.serving.Engine`
             and, for an embedding model, :class:`~lora_ext.serving.Embedder`.
     """
@@ -60,6 +62,7 @@ class Settings:
     device: str | None = None
     max_requests: int = 64
     max_rank: int = 64
+    lora_dtype: str = "auto"
     context: int = 4096
     max_body: int = 1 << 20
     origins: Sequence[str] = ()
@@ -97,6 +100,9 @@ class Settings:
             flag = f"--{name.replace('_', '-')}"
             integer(_WHERE, flag, getattr(self, name), least, expected=words)
         choice(_WHERE, "--pack", self.pack, tuple(PACK))
+        # Rounded adapters would not give the bits of a trainer.
+        known, words = (("auto",), "auto with --exact") if self.exact else (tuple(DTYPES), None)
+        choice(_WHERE, "--lora-dtype", self.lora_dtype, known, expected=words)
         number(_WHERE, "--max-wait-s", self.max_wait_s, 0)
         # A str is not accepted, although it is a sequence: its characters would be the origins.
         instance(_WHERE, "--allow-origin", self.origins, (list, tuple))
@@ -121,10 +127,9 @@ class Settings:
             listening.bind((self.host, self.port))
         except OSError as error:
             listening.close()
-            raise ValueError(
-                f"{_WHERE}: --host, --port: expected a free address, found "
-                f"{self.host}:{self.port} ({error.strerror or error})"
-            ) from error
+            found = f"{self.host}:{self.port} ({error.strerror or error})"
+            expected = f"expected a free address, found {found}"
+            raise ValueError(f"{_WHERE}: --host, --port: {expected}") from error
         return listening
 
     def engine(self, say: Callable[[str], None] = print) -> Engine | Embedder:
@@ -142,12 +147,12 @@ class Settings:
         kind: Any = AutoModelForCausalLM if embeds is None else AutoModel
         tokenizer = AutoTokenizer.from_pretrained(self.model, local_files_only=True)
         model = kind.from_pretrained(self.model, local_files_only=True).eval()
-        default = "cuda" if torch.cuda.is_available() else "cpu"
-        model = model.to(default if self.device is None else self.device)
+        model = model.to(self.device or ("cuda" if torch.cuda.is_available() else "cpu"))
         if self.exact:
             exact(model)
         shared = "max_requests max_rank context max_loaded_bytes host_cache_bytes max_wait_s"
         how: dict[str, Any] = {name: getattr(self, name) for name in shared.split()}
+        how["lora_dtype"] = DTYPES[self.lora_dtype]
         if embeds is None:
             pack = PACK[self.pack]
             bits = pack if type(pack) is int else None
@@ -157,14 +162,15 @@ class Settings:
             if self.pack != "none" and not self.exact:
                 say(f"{packing(model, bits=bits)}; --no-pack disables packing")
             return engine
-        pooling, normalize = embeds
-        how |= {"pooling": pooling, "normalize": normalize}
+        how["pooling"], how["normalize"] = embeds
         how["preparation"] = preparation_of(self.model)
         return Embedder(model, tokenizer, self.adapters, **how)
 
 
-#: Values of ``--pack``, and what they are for :func:`~lora_ext.attach`.
+#: Argument ``pack_base`` of :func:`~lora_ext.attach` for each value of ``--pack``.
 PACK: dict[str, bool | int | None] = {"auto": None, "none": False, "plain": True, "8": 8, "4": 4}
+#: Argument ``dtype`` of :class:`~lora_ext.AdapterPool` for each value of ``--lora-dtype``.
+DTYPES = {"auto": None, "float8_e4m3fn": torch.float8_e4m3fn}
 
 
 def embedding_of(folder: str | os.PathLike[str]) -> tuple[str, bool] | None:
@@ -174,10 +180,9 @@ def embedding_of(folder: str | os.PathLike[str]) -> tuple[str, bool] | None:
     specify the pooling, our choice is the normalised mean.
 
     Raises:
-        ValueError: If :func:`~lora_ext.serving.pooling_of` raises it.
+        ValueError: See :func:`~lora_ext.serving.pooling_of`.
     """
-    said = pooling_of(folder)
-    if said is not None:
+    if (said := pooling_of(folder)) is not None:
         return said
     config = json.loads((Path(folder) / "config.json").read_text())
     kinds = config.get("architectures") or ["ForCausalLM"]
@@ -186,10 +191,10 @@ def embedding_of(folder: str | os.PathLike[str]) -> tuple[str, bool] | None:
 
 
 class _Server(uvicorn.Server):
-    """Uvicorn server with a callback after startup and one at the beginning of the shutdown.
+    """Uvicorn server that calls ``begins`` after startup and ``interrupt`` before shutdown.
 
-    The second callback can end the running requests. Connections that are still open ``_SLOW``
-    seconds after the beginning of the shutdown are aborted.
+    ``interrupt`` can end the running requests. Connections that are still open ``_SLOW`` seconds
+    after the beginning of the shutdown are aborted.
     """
 
     def __init__(
@@ -229,8 +234,8 @@ def run(
         interrupt: function that is called at shutdown, before the server waits for connections.
 
     Raises:
-        KeyboardInterrupt: After SIGINT. This also holds for a process that was started with SIGINT
-            ignored, as shells start background jobs.
+        KeyboardInterrupt: After SIGINT, even if the process was started with SIGINT ignored. Shells
+            start background jobs in this way.
     """
     with _sigint_raises():
         _Server(config, begins, interrupt).run([listening])

@@ -31,7 +31,7 @@ from ._answers import Choice, cancelled_on_errors, embeddings, events, sized, wh
 from ._requests import Chat, Completion, Embedding, Load, Unload, read_body, told
 
 Body = TypeVar("Body", bound=BaseModel)
-# Name of the field that contains a mixture, by the names of the arguments for it.
+# Name of a request's field for a mixture of adapters, by the name of the engine's argument.
 _OF_MIXTURES = {"adapter_name": "lora", "names": "lora"}
 _MAX_CHANGES = 8  # changes of an adapter after which a request of several prompts is refused
 
@@ -122,7 +122,7 @@ def make_app(
 
 
 async def _started(begins: Iterable[Awaitable[RequestStream]]) -> list[RequestStream]:
-    """Return the started requests; if one is refused, cancel the others and raise its error."""
+    """Start requests and return them; if one is refused, cancel the others and raise its error."""
     tasks = [asyncio.ensure_future(each) for each in begins]
     try:
         return await asyncio.gather(*tasks)
@@ -136,7 +136,7 @@ async def _started(begins: Iterable[Awaitable[RequestStream]]) -> list[RequestSt
 
 
 async def _while_connected(work: Any, request: Request) -> Any:
-    """Return the result of a coroutine, which is cancelled if the client disconnects."""
+    """Await a coroutine and return its result; cancel it if the client disconnects."""
 
     async def gone() -> None:
         while (await request.receive())["type"] != "http.disconnect":
@@ -156,7 +156,7 @@ async def _while_connected(work: Any, request: Request) -> Any:
 def _adapter(
     engine: Engine | Embedder, base: str, asked: Chat | Completion | Embedding
 ) -> str | dict[str, float] | None:
-    """Return the adapter of a request or its mixture; None is the base model."""
+    """Return a request's adapter name, its mixture (scales by name), or None for the base model."""
     if asked.lora is None:
         return None if asked.model == base else asked.model
     if asked.model != base:
@@ -202,10 +202,10 @@ def _add_answers(
                 streams = await _while_connected(_started(begins), request)
             if len({stream.version for stream in streams}) == 1:
                 break
-            for stream in streams:  # the adapter changed while they began: all use the new one
+            for stream in streams:  # the adapter changed meanwhile, so begin all prompts again
                 stream.cancel()
         else:
-            expected = "expected an adapter that does not change while its prompts begin"
+            expected = "expected an adapter that does not change while its requests start"
             raise GenerationGoneError(f"model: {expected}, found {_MAX_CHANGES} changes")
         of_each = zip(range(total), streams, strict=True)
         choices = [Choice(asked, engine, prompts[i // count], each, i) for i, each in of_each]
@@ -300,7 +300,7 @@ def _add_models(app: FastAPI, engine: Engine | Embedder, base: str, read: Any) -
     async def load(request: Request) -> Any:
         asked = await read(Load, request)
         if asked.lora_name == base:
-            raise ValueError(f"lora_name: expected a name unlike the base model's, found {base!r}")
+            raise ValueError(f"lora_name: expected an adapter, found the base model {base!r}")
         with renamed("load_lora_adapter", name="lora_name", path="lora_path"):
             found = await asyncio.to_thread(engine.folder.load, asked.lora_name, asked.lora_path)
         return {"loaded": asked.lora_name, "adapter_generation": found}

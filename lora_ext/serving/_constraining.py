@@ -22,14 +22,14 @@ _WHERE = "add_request"
 # Names of the positional arguments of the manager's add_request that follow request_id.
 _NAMES = ("max_new_tokens", "streaming", "record_timestamps", "eos_token_id")
 _MAX_FORKS = 64  # maximum number of forks of a request whose constraint states are cached
-NO_LOGPROBS = "None with return_logprobs, which supports only tokens that the manager chooses"
+NO_LOGPROBS = "None with return_logprobs, which is only for tokens that the manager itself chooses"
 
 
 class RequestConstraint:
-    """States of a constraint in a request and in the requests forked from it.
+    """States of a constraint in one request and in the requests that are forked from it.
 
     Args:
-        plan: the constraint and the maximum number of new tokens.
+        plan: the constraint together with the maximum number of new tokens.
         temperature: temperature of the request's sampling; 1 without sampling.
     """
 
@@ -62,7 +62,7 @@ class RequestConstraint:
 
 
 def limits_of(manager: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> tuple[Any, set[int]]:
-    """Return the maximum number of new tokens of a request, and the tokens that end it."""
+    """Return the maximum number of new tokens of a request, and the ids of its end tokens."""
     plain = dict(zip(_NAMES, args, strict=False)) | kwargs
     config = manager.generation_config
     budget, eos = (
@@ -80,14 +80,14 @@ def request_constraint(
     arguments: Sequence[Any],
     settings: dict[str, Any],
 ) -> RequestConstraint | None:
-    """Check a request's constraint before the request is queued, and return it.
+    """Check the constraint of a request before the request is queued, and return its states.
 
     Returns None if the request has no constraint.
 
     Args:
         manager: continuous-batching manager of transformers.
         constraint, guide, sampling: arguments of the request.
-        arguments, settings: further arguments of the manager's ``add_request``.
+        arguments, settings: other positional and keyword arguments of ``add_request``.
 
     Raises:
         ValueError: If ``max_new_tokens`` is too small for the constraint, or if the end tokens or
@@ -101,8 +101,8 @@ def request_constraint(
 
     budget, ends = limits_of(manager, arguments, settings)
     require(budget is not None, _WHERE, "max_new_tokens", "a number with a constraint", budget)
-    if manager.continuous_batching_config.return_logprobs:
-        raise NotImplementedError(f"{_WHERE}: constraint: expected {NO_LOGPROBS}, found a value")
+    alone = not manager.continuous_batching_config.return_logprobs
+    require(alone, _WHERE, "constraint", NO_LOGPROBS, constraint, NotImplementedError)
     (plan,) = control.plans_of(_WHERE, constraint, guide, budget)
     assert plan is not None
     expected = f"the end tokens of the constraint, {list(constraint.eos)}"
@@ -121,7 +121,7 @@ class Standing(NamedTuple):
     Attributes:
         place: index of the row in the scores.
         row: state of the constraint.
-        temperature: divides the scores before a token is drawn.
+        temperature: divisor of the scores before a token is drawn.
         whole: True if the token is drawn from the whole distribution, without top-k or top-p.
         generator: generator of the request, or None for torch's default generator.
     """
@@ -134,15 +134,15 @@ class Standing(NamedTuple):
 
 
 def drawn(scores: Tensor, rows: Sequence[Standing]) -> tuple[dict[int, int], list[Standing]]:
-    """Draw the tokens of rows that have a guide and sample from the whole distribution.
+    """Draw one token for each row that has a guide and samples from the whole distribution.
 
-    These tokens are drawn by rejection sampling, which needs no matrix product over the vocabulary.
-    On a GPU that product is cheaper, so this function draws no tokens there. It draws none for rows
-    with a NaN score or without a finite score for an allowed token either, since an error would end
-    the steps of all other requests.
+    A guide is a hidden Markov model of the tokens that follow. The function uses rejection
+    sampling, which needs no matrix product over the vocabulary. On a GPU that product is cheaper,
+    so the function draws no tokens there. It also skips rows with a NaN score or without a finite
+    score for an allowed token, since an error would end the steps of all other requests.
 
     Args:
-        scores: scores ``(1, N, V)`` of N rows and V tokens, not changed.
+        scores: scores ``(1, N, V)`` of N rows and V tokens, which are not modified.
         rows: the rows with constraints.
 
     Returns:
@@ -172,17 +172,17 @@ def drawn(scores: Tensor, rows: Sequence[Standing]) -> tuple[dict[int, int], lis
 
 
 def constrained(scores: Tensor, rows: Sequence[Standing]) -> Tensor:
-    """Return a copy of ``scores (1, N, V)`` with the constraints applied to their rows.
+    """Return ``scores (1, N, V)`` with the constraints applied; ``scores`` is not modified.
 
-    Other rows are unchanged. If a row has no allowed token, its end tokens are allowed, since an
-    error would end the steps of all other requests.
+    Rows without a constraint keep their scores. If a row has no allowed token, its end tokens are
+    allowed, since an error would end the steps of all other requests.
     """
     if not rows:
         return scores
     from lora_ext import control
 
     ratios = control.log_ratios([each.row for each in rows])
-    # Clamped to the range of float32: otherwise 0 times infinity would allow a forbidden token.
+    # Clamp to the range of float32. Otherwise 0 times infinity would allow a forbidden token.
     warm = torch.tensor([each.temperature for each in rows]).clamp(1e-30, 1e30)
     blocks = [
         control.Block(inside, ratio * warm[inside, None].to(ratio)) for inside, ratio in ratios

@@ -6,11 +6,11 @@ The steps of a request:
 2. A step packs tokens of many requests into one row. A block around the step assigns an adapter to
    each token, and attention keeps the requests separate. Tokens before the start of an activated
    adapter (the position at which it begins) use the base model.
-3. Requests share pages of keys and values. Pages from the start of an adapter on are shared only
-   by requests with the same version of the same adapter.
+3. Requests share pages of keys and values. A page with tokens that an adapter has computed is
+   shared only by requests with the same version of this adapter.
 4. A request may have its own sampling and constraint (``_sampling.py``, ``_constraining.py``), and
-   record log-probabilities. A step computes logits for the prompt tokens that are recorded, too;
-   such a request reads no shared pages, because these have no logits.
+   record log-probabilities. If it records those of the prompt, its steps also compute logits of
+   prompt tokens, and it reads no shared pages, because shared pages have no logits.
 5. The adapter is unpinned when the result is delivered or the request is cancelled.
 
 The methods of a manager and of its objects are wrapped on the instances; no class is changed.
@@ -49,9 +49,9 @@ from ._sampling import OVERFLOWS, Logprobs, Sampling, logprobs_of
 if TYPE_CHECKING:
     from lora_ext.control import Constraint, Guide, Matched
 
-_KEY = "_lora_ext_requests"  # attribute of a manager: its AdapterRequests
-_FORK_SUFFIX = "__child#"  # transformers appends it to the id of a request that it forks
-_MARKED_TOKENS = 4  # marked tokens of a page, see `_marked_tokens`; also the minimum page size
+_KEY = "_lora_ext_requests"  # attribute of a manager that contains its AdapterRequests
+_FORK_SUFFIX = "__child#"  # transformers appends this and a number to the id of a forked request
+_MARKED_TOKENS = 4  # number of marked tokens per page (`_marked_tokens`), and minimum page size
 _NOT_GIVEN: Any = object()
 _INIT = "init_continuous_batching"
 
@@ -65,15 +65,15 @@ _all: weakref.WeakSet[AdapterRequests] = weakref.WeakSet()
 
 @dataclass
 class _Request:
-    """Request between ``add_request`` and its result. Requests forked from it share this object.
+    """Request that was added and has not ended. Requests forked from it share this object.
 
     Attributes:
-        members: the adapter with its weight, or those of a mixture; empty for the base model.
+        members: the adapter, or the adapters of a mixture, with weights; empty for the base model.
         lease: lease that pins the adapter.
-        start: number of tokens before the adapter begins, which use the base model.
+        start: number of tokens at the beginning of the prompt that use the base model.
         sampling, generator, constraint: how tokens are chosen; each is None if the request does not
             set it.
-        processors: transformers' processors of ``sampling``.
+        processors: transformers' logits processors for the settings in ``sampling``.
         logprobs: record of log-probabilities, or None.
         cancelled: True after ``cancel_request``.
     """
@@ -90,12 +90,12 @@ class _Request:
 
     @property
     def generation(self) -> int | None:
-        """Number of the load of the pinned adapter; None for the base model and a mixture."""
+        """Generation of the pinned adapter in the pool; None for the base model and a mixture."""
         return (self.lease.residents[0].generation or None) if self.lease.residents else None
 
     @property
     def version(self) -> int:
-        """Number of the pinned adapter or mixture with its weights; 0 is the base model."""
+        """Number that identifies the pinned adapters' version and weights; 0 for the base model."""
         if not self.lease.residents:
             return 0
         serial = self.lease.residents[0].serial
@@ -103,9 +103,9 @@ class _Request:
         return serial if {*weights} == {1.0} else weighted_serial(serial, weights)
 
     def runs(self, past: int, length: int) -> list[tuple[Members, int, int]]:
-        """Return adapters, slot and number of tokens of each run of tokens with one adapter.
+        """Split ``length`` tokens after the first ``past`` tokens into runs with one adapter each.
 
-        The runs cover the ``length`` tokens after the first ``past`` ones.
+        A run is a triple: the adapters with their weights, the slot and the number of tokens.
         """
         base = max(0, min(length, self.start - past))
         parts = ((), -1, base), (self.members, self.lease[0], length - base)
@@ -116,17 +116,17 @@ class AdapterRequests:
     """Requests of one manager with their adapters, stored as an attribute of the manager.
 
     State: ``_requests`` maps ids to requests. It is guarded by the condition ``_unpinned``, which
-    is notified when a request ends. Only the manager's thread uses the other state. ``_choosing``
-    lists the requests that get a new token in the current step, in the order of the step's logits.
-    ``_constrained`` has an entry for each of these requests that has a constraint, ``_processed``
-    one for each that has processors (its row, the processors and its tokens), and ``_reading`` one
-    for each prompt token whose log-probability is recorded (the record, the index in the step of
-    the preceding token, whose logits predict this one, the position in the prompt, and the id).
-    ``_last`` contains the key of the last step (its runs of tokens) and the block made for it.
+    is notified when a request ends. Only the manager's thread uses the other attributes:
+    ``_choosing`` lists the requests that get a new token in the current step, in the order of the
+    step's logits. ``_constrained`` contains an entry for each of these that has a constraint.
+    ``_processed`` contains (row, processors, tokens) for each of these that has processors.
+    ``_reading`` has an entry for each prompt token whose log-probability is recorded: the record,
+    the index in the step of the preceding token (whose logits predict this token), the position in
+    the prompt, and the id. ``_last`` is the key of the last step (its runs) and the step's block.
 
     Args:
         manager: transformers' ``ContinuousBatchingManager`` of an attached model.
-        names: chooses the adapter names of the model's calls.
+        names: object that chooses the adapter names of the model's calls.
 
     Attributes:
         computed: number of tokens computed so far, excluding tokens read from shared pages.
@@ -151,7 +151,7 @@ class AdapterRequests:
                 f"{_INIT}: expected an attached model without {found[0]}, found one with it: the "
                 "tokens of a step could not be assigned to their adapters"
             )
-        # Both options would run a step with the block of an earlier step.
+        # With either option, a step could run inside the `adapters` block of an earlier step.
         config.use_cuda_graph, config.use_async_batching = (False, False), False
         self.manager, self.names, self.pool = manager, names, names.pool
         self._requests: dict[str, _Request] = {}
@@ -160,7 +160,7 @@ class AdapterRequests:
         self._running = False
         self.computed = 0
         self.paused, self._held = False, threading.Event()
-        self.freed: Callable[[], object] = int  # called when no request pins an adapter any more
+        self.freed: Callable[[], object] = int  # called when the last pin of an adapter is removed
         self._choosing: list[tuple[Any, _Request]] = []  # with the manager's states
         self._constrained: list[Standing] = []
         self._processed: list[tuple[int, Any, Tensor]] = []
@@ -179,7 +179,7 @@ class AdapterRequests:
         manager = self.manager
         for name in ("add_request", "add_requests", "cancel_request", "start", "stop"):
             yield manager, name, getattr(self, name)
-        yield manager, "destroy", self.stop  # even if it was never started
+        yield manager, "destroy", self.stop  # called even if the manager was never started
         yield manager, "_create_batch_processor", self._create_batch_processor
         yield manager, "_generation_step", self._generation_step
         yield manager.output_router, "deliver", self._deliver
@@ -226,7 +226,7 @@ class AdapterRequests:
         return processor
 
     # ---------------------------------------------------------------------------------------------
-    # Begin and end of requests
+    # Start and end of requests
 
     def add_request(
         self,
@@ -247,8 +247,8 @@ class AdapterRequests:
 
         With ``allow_base``, a prompt without the invocation of its activated adapter uses the base
         model. The log-probability of each new token under the model is appended to ``logprobs``.
-        Before the request is added, ``pinned`` is called with the generation of the adapter (None
-        for the base model) and the version; if it raises, the request is not added.
+        Before the request is added, ``pinned`` is called with the adapter's generation (None for
+        the base model) and version. If the call raises, the request is not added.
 
         Raises:
             PoolFullError: If the pool has no room for the adapter.
@@ -305,20 +305,20 @@ class AdapterRequests:
         allow_base: bool = False,
         **kwargs: Any,
     ) -> Any:
-        """Add requests, each with an adapter name. While the pool is full, wait for room in it."""
+        """Add requests, each with an adapter name. While the pool is full, wait for room."""
         if not all(isinstance(prompt, NamedPrompt) for prompt in inputs):
             names = self.names.of_requests("add_requests", adapter_names, len(inputs))
             inputs = named_prompts(inputs, names, allow_base)
         return original(inputs, *args, **kwargs)
 
     def _new_id(self) -> str:
-        """Return a new id, in the form that the manager gives to a request without one."""
+        """Return a new id in the form of the ids that the manager generates."""
         with self.manager._request_lock:
             self.manager._request_counter += 1
             return f"req_{self.manager._request_counter - 1}"
 
     def _lease(self, name: Entry, wait: bool) -> Lease:
-        """Pin an adapter; if ``wait``, wait for room in the pool while other requests run."""
+        """Return a lease of an adapter; if ``wait``, wait for room in the pool if requests run."""
         with self._unpinned:
             while True:
                 try:
@@ -334,9 +334,9 @@ class AdapterRequests:
     ) -> _Request:
         """Return a request that owns the lease, with the start of its adapter in the prompt.
 
-        The start is 0 for an ordinary adapter, and the last position of its invocation for an
-        activated one. If the prompt does not contain the invocation, the adapter is unpinned, and
-        with ``allow_base`` the request uses the base model.
+        The start is 0 for an ordinary adapter. For an activated adapter it is the position of the
+        last occurrence of the adapter's invocation. If the prompt does not contain the invocation,
+        the adapter is unpinned, and with ``allow_base`` the request uses the base model.
 
         Raises:
             ValueError: If the prompt has no invocation and ``allow_base`` is False.
@@ -396,7 +396,7 @@ class AdapterRequests:
         original(request_id)
 
     def _clear_cancelled_requests(self, original: Callable[[], list[Any]]) -> list[Any]:
-        with self._unpinned:  # the manager ignores a cancellation of a request it has not read yet
+        with self._unpinned:  # the manager ignored cancellations of requests it had not read yet
             again = [each for each, request in self._requests.items() if request.cancelled]
         for request_id in again:
             self.manager.batch_processor.scheduler.set_request_cancellation(request_id)
@@ -424,10 +424,10 @@ class AdapterRequests:
             self._running = running
 
     # ---------------------------------------------------------------------------------------------
-    # Pauses: the manager adds, cancels and stops requests, but finds none to compute
+    # Pauses: the manager still adds and cancels requests, but computes no step
 
     def pause(self) -> None:
-        """Wait until the current step has ended, and compute no other step until :meth:`resume`."""
+        """Wait for the end of the current step; no other step is computed until :meth:`resume`."""
         self._held.clear()
         self.paused = True
         self.manager._wake_up_loop.set()
@@ -435,7 +435,7 @@ class AdapterRequests:
             pass
 
     def resume(self) -> None:
-        """End a pause; without one, do nothing."""
+        """End a pause; do nothing if the manager is not paused."""
         self.paused = False
         self.manager._wake_up_loop.set()
 
@@ -493,8 +493,8 @@ class AdapterRequests:
         kept = None  # the run of each token that the head receives; None: it receives all tokens
         if processor.model_runner.supports_logits_to_keep(model):
             kept = [end for end, each in zip(ends, batch, strict=True) if each.has_new_token]
-            # The input of the head has one token per request of the batch. transformers pads it
-            # with the first token of the row, and ignores the logits of the padding.
+            # The input of the head has one token per request of the batch. transformers pads this
+            # input with the first token of the row, and ignores the logits of the padding.
             kept += ends[:1] * (len(batch) - len(kept)) + read_runs
         key = runs, kept
         if self._last is None or self._last[0] != key:  # consecutive decode steps have equal keys
@@ -505,7 +505,7 @@ class AdapterRequests:
             original()
 
     def _compute_batch(self, original: _Method, model: Any, batch_data: dict[str, Any]) -> None:
-        """Compute logits for the recorded tokens of prompts, after those of the new tokens."""
+        """Compute the logits of the new tokens, followed by those of recorded prompt tokens."""
         if self._reading:
             places = batch_data["logits_indices"]
             more = places.new_tensor([row for _, row, _, _ in self._reading])
@@ -574,10 +574,10 @@ class AdapterRequests:
     def _mark_finished_blocks(
         self, original: Callable[..., None], state: Any, complete_blocks: dict[str, int]
     ) -> None:
-        """Share the pages of a request's last step, too.
+        """Let later requests share the pages (keys and values) of a request's last step, too.
 
-        The manager does not share them, because its steps may overlap. With adapters, steps never
-        overlap.
+        The manager itself does not share these pages, because its steps may overlap. With adapters,
+        steps never overlap.
         """
         cache = self.manager.batch_processor.cache
         if state.status.name != "FINISHED" or not cache.allow_block_sharing:
@@ -593,12 +593,12 @@ class AdapterRequests:
 
         The manager lets requests with equal tokens share pages. A page with keys and values of an
         adapter must be shared only by requests with the same version and the same start of the
-        adapter. These two numbers are combined into one mark. Its bits are written to the first
-        tokens of the page in which the adapter begins, above the bits that token ids of the
-        vocabulary use. Earlier pages are computed by the base model and are not marked. Later pages
+        adapter. These two numbers are combined into one number, the mark. The bits of the mark are
+        written to the first tokens of the page in which the adapter begins, above the bits that
+        token ids use. Earlier pages are computed by the base model and are not marked. Later pages
         need no mark, as their hash covers all tokens before them.
 
-        If the mark has more bits than are free in these tokens, only the tokens before that page
+        If the mark has more bits than are free in these tokens, only the tokens before this page
         are returned, so only pages of the base model are shared.
         """
         request, result = self._request(request_id), list(tokens)
@@ -606,11 +606,11 @@ class AdapterRequests:
         size = min(cache.tokens_per_page for cache in caches)
         page = request.start // size * size
         if request.version == 0 or len(result) < page + _MARKED_TOKENS:
-            return result  # the base model, or a page that is incomplete and so not shared
+            return result  # the base model, or an incomplete page, which is never shared
         bits = (self.manager.model.config.get_text_config().vocab_size - 1).bit_length()
         mark = request.version * size + request.start % size
         for i in range(page, page + _MARKED_TOKENS):
-            mark, digit = divmod(mark, 1 << (31 - bits))  # so marked tokens are below 2^31
+            mark, digit = divmod(mark, 1 << (31 - bits))  # keeps marked tokens below 2^31
             result[i] = int(result[i]) + (digit << bits)  # int: += would change a tensor in place
         return result[:page] if mark else result
 
@@ -625,7 +625,7 @@ class AdapterRequests:
             return any(request.lease.residents for request in self._requests.values())
 
     def load(self, most_adapters: int) -> Load:
-        """Return the load of the manager, which uses up to this number of adapters at a time."""
+        """Return the load of the manager; ``most_adapters`` is copied to the result."""
         processor = self.manager.batch_processor
         active = list(processor.scheduler.active_requests) if processor is not None else []
         with self._unpinned:
@@ -649,10 +649,10 @@ class AdapterRequests:
 
 @functools.lru_cache(4096)
 def weighted_serial(serial: int, weights: tuple[float, ...]) -> int:
-    """Return a number for an adapter or mixture with these weights.
+    """Return a number that identifies an adapter or mixture with these weights.
 
-    It differs from all serial numbers. If the number was dropped from the cache, requests with the
-    same weights get a new one and share no pages with earlier requests.
+    The number differs from all serial numbers of adapters. If the cache has dropped it, later
+    requests with the same weights get a new number and share no pages with earlier requests.
     """
     return next(serials)
 
@@ -669,11 +669,11 @@ def add_adapters_to(manager: Any, names: CallNames) -> None:
 
 
 def adapter_requests(manager: Any) -> AdapterRequests:
-    """Return the requests of an attached model's manager."""
+    """Return the :class:`AdapterRequests` of an attached model's manager."""
     return manager.__dict__[_KEY]
 
 
 def requests_of(model: nn.Module) -> list[AdapterRequests]:
-    """Return the requests of all managers of a model and of its submodules."""
+    """Return the :class:`AdapterRequests` of all managers of a model and of its submodules."""
     parts = set(model.modules())
     return [requests for requests in list(_all) if requests.manager.model in parts]

@@ -1,4 +1,4 @@
-"""Embeddings of texts with adapters; one forward computes several waiting requests."""
+"""Embeddings of texts with adapters; one forward computes the vectors of several requests."""
 
 from __future__ import annotations
 
@@ -73,18 +73,18 @@ class Embedder(ServedPool):
         tokenizer: tokenizer of the model.
         folder: folder of the adapters. Nothing outside it is read.
         pooling: how the vector of a text is computed from its tokens' hidden states: "cls" for the
-            first one, "mean" for the mean, or "lasttoken" for the last one.
-        normalize: whether to divide vectors by their length.
+            first state, "mean" for the mean, or "lasttoken" for the last state.
+        normalize: whether to divide vectors by their Euclidean norm.
         max_requests: maximum number of waiting and running requests.
         max_rank: largest rank of an adapter.
-        max_loaded_bytes, host_cache_bytes: see :class:`Engine`.
+        lora_dtype, max_loaded_bytes, host_cache_bytes: see :class:`Engine`.
         max_wait_s: time in seconds for which later requests may overtake a request whose adapter
-            does not fit into the pool together with those of a forward. After this time, the next
-            forward computes the oldest request.
+            does not fit into the pool together with the adapters of a forward. After this time, the
+            next forward computes the oldest request.
         context: maximum number of tokens of a text.
         max_batch_tokens: maximum number of tokens in a forward, including padding. A longer text is
             computed in a separate forward.
-        preparation: preparation of texts; None passes them to the tokenizer unchanged.
+        preparation: preparation of texts. If None, texts are passed to the tokenizer unchanged.
     """
 
     def __init__(
@@ -149,14 +149,14 @@ class Embedder(ServedPool):
                 a mixture ``{name: weight, ...}``.
 
         Returns:
-            The vectors, ``(N, D)`` finite float32 on the CPU, and the total number of tokens of the
+            The vectors, ``(N, D)`` finite float32 on the CPU, and the total number of tokens in the
             texts.
 
         Raises:
             QueueFullError: If there are ``max_requests`` requests already.
             StoppedError: After :meth:`interrupt`.
-            ValueError: If there is no text, if a text has no tokens, too many tokens, or an unknown
-                token, or if a vector is not finite, for example because an adapter overflows.
+            ValueError: If there is no text; if a text has no tokens, too many tokens or an unknown
+                token; or if a vector is not finite, for example because an adapter overflows.
             UnknownAdapterError: If the folder has no such adapter.
             PoolFullError: If the pool has no room for the adapter.
 
@@ -211,9 +211,9 @@ class Embedder(ServedPool):
             self._running.clear()
 
     async def _fill(self, pins: contextlib.ExitStack) -> None:
-        """Move requests that fit into one forward to the batch, and pin their adapters.
+        """Move waiting requests that fit into one forward to the batch, and pin their adapters.
 
-        The batch contains the oldest request, unless that one fails.
+        The batch contains the oldest request, unless this request fails.
         """
         batch, rows, widest, i = self._running, 0, 0, 0
         while i < len(self._waiting):
@@ -265,7 +265,7 @@ class Embedder(ServedPool):
             start = stop
 
     def _forward(self, batch: Sequence[_Waiting]) -> Tensor:
-        """Compute the vectors of a batch; texts of similar length share a forward."""
+        """Return the vectors ``(N, D)`` of a batch; texts of similar length share a forward."""
         texts = [(one, each.name) for each in batch for one in each.ids]
         order = sorted(range(len(texts)), key=lambda i: -len(texts[i][0]))
         parts: list[Tensor] = []
@@ -330,11 +330,11 @@ def _end(each: _Waiting, answer: Tensor | Exception) -> None:
 
 
 def pooling_of(folder: str | os.PathLike[str]) -> tuple[str, bool] | None:
-    """Read the pooling from a sentence-transformers folder, and whether vectors are normalised.
+    """Read from a sentence-transformers folder the pooling and whether vectors are normalised.
 
     Returns:
         The pooling, as for :class:`Embedder`, and True if vectors are normalised; or None if the
-        folder has another format.
+        folder has a different format.
 
     Raises:
         ValueError: If the folder lists modules other than a transformer, a pooling and a
@@ -363,7 +363,7 @@ def preparation_of(folder: str | os.PathLike[str]) -> Preparation | None:
     """Read the preparation of texts from a folder in the format of sentence-transformers.
 
     Returns:
-        The preparation, or None if the folder has another format.
+        The preparation, or None if the folder has a different format.
 
     Raises:
         ValueError: If the default prompt is not among the prompts, or if the pooling excludes the

@@ -50,7 +50,7 @@ class StoppedError(RuntimeError):
 
 
 class ServedPool:
-    """Base class of engines: a pool that is filled from a folder, and counts of requests.
+    """Base class of engines: a pool that loads adapters from a folder, and counts of requests.
 
     Attributes:
         pool: the :class:`AdapterPool` of the model.
@@ -66,6 +66,7 @@ class ServedPool:
         *,
         max_requests: int = 64,
         max_rank: int = 64,
+        lora_dtype: torch.dtype | None = None,
         max_loaded_bytes: int | None = None,
         host_cache_bytes: int = 1 << 30,
         max_wait_s: float = 3.0,
@@ -75,11 +76,11 @@ class ServedPool:
         limits: dict[str, Any] = {"max_bytes": max_loaded_bytes}
         for name, value in (("max_requests", max_requests), ("max_rank", max_rank)):
             integer(type(self).__name__, name, value, 1)
-        # There is room for an adapter of max_rank, and for a mixture with as many pages: a slot for
-        # each of its adapters and one for the mixture. A slot without pages is a row of the tables.
+        # The pool has room for an adapter of max_rank, or a mixture with as many pages, which needs
+        # a slot for each of its adapters and one for itself. An empty slot is a row of the tables.
         pages = max(2 * max_requests, -(-max_rank // 8))  # a page has eight ranks
         slots = max(max_requests, min(pages + max_requests, _entries.MAX_MEMBERS + 1))
-        limits |= {"host_cache_bytes": host_cache_bytes, "pages": pages}
+        limits |= {"host_cache_bytes": host_cache_bytes, "pages": pages, "dtype": lora_dtype}
         self.pool = AdapterPool(model, slots, max_rank, **limits)
         self.folder = AdapterFolder(self.pool, folder)
         self._counts = Counter(requests_total=0, tokens_total=0, cancelled_total=0)
@@ -93,7 +94,7 @@ class ServedPool:
         return self._preparing
 
     def stats(self) -> dict[str, int]:
-        """Return metrics: the numbers of ended and current requests, and the pool's statistics."""
+        """Return the numbers of ended and current requests, and the pool's statistics."""
         pool = {f"pool_{k}": v for k, v in self.pool.stats().items() if isinstance(v, int)}
         pool["pool_cache_limit_bytes"] = self.pool.host_cache_bytes
         return {**self._counts, "requests": self.requests, **pool}
@@ -120,7 +121,7 @@ class ServedPool:
             self._preparing -= 1
 
     async def _load(self, name: Name | None) -> None:
-        """Load those adapters of a name that the pool lacks."""
+        """Load the adapter or the adapters of a mixture, unless they are in the pool."""
         for each in name if isinstance(name, tuple) else (name,):
             if each is not None and each not in self.pool:
                 await asyncio.to_thread(self.folder.ready, each)
@@ -138,9 +139,9 @@ class ServedPool:
         return _entries.spelled(members)
 
     async def _loaded(self, name: Name | None, pin: Callable[[], Awaitable[T]]) -> T:
-        """Load the adapters of a name, and return the result of a function that pins them.
+        """Load the adapters of a name, call ``pin``, which pins them, and return its result.
 
-        The function is called again if an adapter was unloaded between its load and its pin.
+        Both steps are repeated if an adapter was unloaded between its load and its pin.
 
         Raises:
             PoolFullError: If the adapters of a mixture evict each other.
@@ -172,17 +173,18 @@ class Engine(ServedPool):
         folder: folder of the adapters. Nothing outside it is read.
         max_requests: maximum number of waiting and running requests; each may have a different
             adapter.
-        max_rank: largest rank of an adapter, and of the adapters of a mixture together. The pool
-            has room for ``max_requests`` adapters of rank 16, and for one of rank ``max_rank``.
+        max_rank: largest rank of an adapter, and largest sum of the ranks of a mixture. The pool
+            has room for ``max_requests`` adapters of rank 16, or for one of rank ``max_rank``.
+        lora_dtype: dtype of the pool's pages; see the argument ``dtype`` of :class:`AdapterPool`.
         max_loaded_bytes: maximum bytes of the adapters on the device, with their tables; None sets
             no further limit.
-        host_cache_bytes: maximum bytes of evicted adapters in host memory. An adapter that exceeds
-            it is read from its folder again at its next use.
+        host_cache_bytes: maximum bytes of evicted adapters in host memory. An adapter that does not
+            fit is read from its folder again at its next use.
         max_wait_s: time in seconds after which a request that waits for room in the pool goes
             first: later requests of other adapters, even of loaded ones, then wait for it.
-        context: maximum number of tokens in the prompt and answer of one request. The cache of keys
-            and values has room for four requests of this length, or for ``max_requests`` requests
-            of 256 tokens if that is more.
+        context: maximum number of tokens in the prompt and answer of one request. The KV cache has
+            room for four requests of this length, or for ``max_requests`` requests of 256 tokens if
+            that is more.
         pack_base: see :func:`attach`.
         page_size, max_batch_tokens: see transformers' ``ContinuousBatchingConfig``.
     """
@@ -228,11 +230,11 @@ class Engine(ServedPool):
         return self
 
     def __exit__(self, *_: object) -> None:
-        """Stop the manager's thread and fail its requests."""
+        """Stop the manager's thread, and end its requests with an error."""
         self.manager.stop(hard_stop=True)
 
     def interrupt(self) -> None:
-        """Reject new requests, and end the running ones; their iterators raise RuntimeError.
+        """Reject new requests, end the running ones, and let their iterators raise RuntimeError.
 
         Call this method in the event loop in which the requests were started.
         """
@@ -242,7 +244,7 @@ class Engine(ServedPool):
         self._turns.wake()
 
     def pause(self) -> None:
-        """Hold all requests: wait for the current step, and compute no other one.
+        """Wait for the end of the current step, and compute no other step until :meth:`resume`.
 
         New requests are accepted and wait. Adapters can be loaded and unloaded, and requests can be
         cancelled. You can call this method from any thread.
@@ -250,7 +252,7 @@ class Engine(ServedPool):
         self._requests.pause()
 
     def resume(self) -> None:
-        """End a :meth:`pause`; without one, do nothing."""
+        """End a :meth:`pause`; do nothing if the engine is not paused."""
         self._requests.resume()
 
     @property
@@ -283,8 +285,8 @@ class Engine(ServedPool):
     ) -> RequestStream:
         """Start a request: load its adapter if necessary, pin it, and add the prompt to the batch.
 
-        An activated adapter applies only after its invocation, a token sequence in the prompt. If
-        other requests pin all adapters of the pool, the request waits until there is room.
+        An activated adapter applies from the last occurrence of its invocation (a token sequence)
+        in the prompt. If other requests pin the pool's adapters, the request waits for room.
 
         Args:
             prompt: messages for the tokenizer's chat template, a text, or its token ids.
@@ -292,14 +294,14 @@ class Engine(ServedPool):
                 a mixture ``{name: weight, ...}``.
             max_new_tokens: maximum number of tokens in the answer. The default is 256, or fewer if
                 the prompt leaves less room in ``context``.
-            sampling: settings of sampling; None always chooses the token with the largest logit.
-            allow_base: whether the base model answers if the prompt does not contain the invocation
-                of its activated adapter; otherwise ValueError is raised.
+            sampling: sampling settings; None always chooses the token with the largest logit.
+            allow_base: whether the base model answers if the prompt does not contain the activated
+                adapter's invocation. If False, such a prompt raises ValueError.
             form: format of the answer. Its constraint is built in another thread and cached.
             generation: :meth:`generation <lora_ext.AdapterPool.generation>` that the adapter must
-                have; None accepts any, as a mixture requires.
-            logprobs: record of the request's log-probabilities; None records none. If it records
-                the prompt, the request uses no keys and values of earlier requests.
+                have, or None for any. Must be None for the base model and for a mixture.
+            logprobs: object that records the request's log-probabilities, or None. If it records
+                the prompt, the request does not reuse keys and values of earlier requests.
             stop_token_ids: tokens that end the answer, in addition to the model's end tokens.
 
         Raises:
@@ -312,7 +314,7 @@ class Engine(ServedPool):
                 for ``form``.
             NotImplementedError: If ``form`` cannot be expressed as a constraint.
             UnknownAdapterError: If the folder has no such adapter.
-            PoolFullError: If the pool has no room for the adapter although no request pins one.
+            PoolFullError: If the pool has no room for the adapter although nothing is pinned.
 
         Errors of :meth:`AdapterPool.load` are raised, too.
         """
@@ -331,7 +333,7 @@ class Engine(ServedPool):
             fits = generation is None or len(members) == 1
             expected = "None for the base model or a mixture"
             require(fits, "begin", "adapter_generation", expected, generation)
-            if generation is not None:  # refused before it waits
+            if generation is not None:  # check it before the request waits
                 with contextlib.suppress(PoolFullError):
                     await self._load(turn.name)
                 check_generation(self.pool.generation(members[0][0]), generation)
@@ -358,13 +360,13 @@ class Engine(ServedPool):
 
         Raises:
             QueueFullError: If there are ``max_requests`` requests already.
-            ValueError: If the chat template rejects the messages, or for an unknown token.
+            ValueError: If the chat template rejects the messages, or a token id is unknown.
         """
         with self._prepared("begin"):
             return [await self._encoded(prompt) for prompt in prompts]
 
     async def _encoded(self, prompt: Prompt) -> list[int]:
-        """Return the token ids of a prompt, which another thread computes."""
+        """Compute the token ids of a prompt in another thread."""
         async with self._encoding:
             job = asyncio.ensure_future(asyncio.to_thread(self.encode, prompt))
             try:
@@ -402,9 +404,8 @@ class Engine(ServedPool):
             if invocation := self.pool.invocation(name):
                 (start,) = last_start(torch.tensor([ids]), invocation)
                 expected = f"the invocation {list(invocation)!r:.200} of adapter {name!r:.200}"
-                require(
-                    start is not None or allow_base, "begin", "input_ids", expected, "none in it"
-                )
+                fits = allow_base or start is not None
+                require(fits, "begin", "input_ids", expected, "none in it")
         adapter = tuple((*member, self.pool.generation(member[0])) for member in members)
         return Asked(ids, adapter, len(ids) if start is None else start)
 
@@ -424,10 +425,8 @@ class Engine(ServedPool):
 
     def _count(self, stream: RequestStream) -> None:
         self._streams.discard(stream)
-        gone = stream.cancelled and not stream.stopped
-        self._counts.update(
-            requests_total=1, tokens_total=len(stream.tokens), cancelled_total=int(gone)
-        )
+        gone = int(stream.cancelled and not stream.stopped)
+        self._counts.update(requests_total=1, tokens_total=len(stream.tokens), cancelled_total=gone)
 
     def load(self) -> Load:
         """Return the load of the manager, for routers that choose a server for each request."""
@@ -435,7 +434,7 @@ class Engine(ServedPool):
         return found._replace(waiting=[*found.waiting, *self._turns.names])
 
     def token_text(self, token: int) -> str:
-        """Return the text of a token, or ``token_id:N`` if it is empty or a part of a character."""
+        """Return the text of a token, or ``token_id:N`` if this is empty or a partial character."""
         if token not in self._token_texts:
             text = self.tokenizer.decode([token], clean_up_tokenization_spaces=False)
             whole = bool(text) and "\N{REPLACEMENT CHARACTER}" not in text
@@ -472,16 +471,16 @@ class Engine(ServedPool):
 
 # -------------------------------------------------------------------------------------------------
 # Waiting for shared prompts. Requests whose prompts begin with the same tokens can share pages of
-# keys and values, but only if these have been computed. If several such requests entered a batch
+# keys and values, but only after these have been computed. If several such requests entered a batch
 # together, each would compute the same pages. Later requests therefore wait here until the first
-# one has its first token, and then use its pages.
+# request has its first token, and then use the pages of that request.
 @dataclass(frozen=True)
 class Asked:
-    """Prompt tokens and adapter of a request, and the position at which the adapter begins."""
+    """Prompt tokens of a request, its adapter, and the position at which the adapter begins."""
 
     tokens: Sequence[int]
     adapter: tuple[Any, ...]  # names, weights and generations; empty for the base model
-    start: int  # number of tokens before the adapter begins, which use the base model
+    start: int  # number of tokens that use the base model, before the adapter begins
 
     def shared(self, other: Asked, page: int) -> int:
         """Return the number of tokens in the pages that the two requests can share."""
@@ -506,7 +505,7 @@ class Ahead:
         self._read: deque[Asked] = deque(maxlen=_MAX_READ_PROMPTS)
 
     async def wait(self, asked: Asked) -> None:
-        """Wait while another request computes pages of this prompt that are not computed yet."""
+        """Wait while another request computes pages that this prompt can share."""
         while self._alive():
             known = max((asked.shared(other, self._page) for other in self._read), default=0)
             reading = self._reading.values()
@@ -533,13 +532,13 @@ class Ahead:
 # Waiting for room in the pool
 @dataclass(eq=False)
 class Turn:
-    """Request in the order of arrival."""
+    """Place of a request in the order of arrival."""
 
     name: Name | None
     number: int
-    since: float = 0.0  # time at which it began to wait for room
-    again: asyncio.Event = field(default_factory=asyncio.Event)  # there may be room
-    gone: asyncio.Event = field(default_factory=asyncio.Event)  # it has room, or it has failed
+    since: float = 0.0  # time at which the request began to wait for room
+    again: asyncio.Event = field(default_factory=asyncio.Event)  # set if there may be room
+    gone: asyncio.Event = field(default_factory=asyncio.Event)  # set after success or failure
 
 
 class Turns:
@@ -549,7 +548,7 @@ class Turns:
     requests for which there is room overtake it, but not after ``max_wait_s`` seconds.
 
     Args:
-        max_wait_s: time in seconds for which others may overtake a request.
+        max_wait_s: time in seconds for which later requests may overtake a waiting request.
 
     Attributes:
         freed: number of calls of :meth:`free`.
@@ -563,8 +562,8 @@ class Turns:
 
     @contextlib.contextmanager
     def take(self, name: Name | None) -> Iterator[Turn]:
-        """Yield a turn for a request of an adapter; after the ``with`` block, others may have
-        room."""
+        """Yield a turn for a request with adapter ``name``; after the ``with`` block, wake requests
+        that may have room then."""
         turn = Turn(name, next(self._numbers))
         try:
             yield turn
@@ -582,7 +581,7 @@ class Turns:
         return [turn.name for turn in self._waiting]
 
     async def wait(self, turn: Turn) -> None:
-        """Wait for earlier requests of other adapters that have waited too long for room."""
+        """Wait for earlier requests of other adapters that have waited ``max_wait_s`` for room."""
         while turn.name is not None:
             limit = self._clock() - self._max_wait_s
             first = next((other for other in self._waiting if other.since <= limit), turn)
@@ -591,17 +590,17 @@ class Turns:
             await first.gone.wait()
 
     async def room(self, turn: Turn, freed: int) -> None:
-        """Wait until there may be room for a request that has found none.
+        """Wait until there may be room for a request that has found no room.
 
         Args:
-            turn: the request.
+            turn: turn of the request.
             freed: value of :attr:`freed` before the request tried to get room.
         """
         self._loop = asyncio.get_running_loop()
         if turn not in self._waiting:
             turn.since = self._clock()
             bisect.insort(self._waiting, turn, key=lambda each: each.number)
-        elif self.freed == freed:  # it has tried again: there may be room for the next one
+        elif self.freed == freed:  # the request has tried again in vain; let the next one try
             for each in self._waiting[self._waiting.index(turn) + 1 :][:1]:
                 each.again.set()
         if self.freed == freed:

@@ -35,7 +35,7 @@ class FormatTooLongError(ValueError):
 
 @dataclass(frozen=True)
 class Format:
-    """Format of an answer.
+    """Format that a request requires for its answer.
 
     Attributes:
         kind: kind of the format: "json" (with a schema), "regex", "choice", or "json_object".
@@ -87,7 +87,7 @@ def read_format(
             ``regex``, ``choice`` and ``json_object``.
 
     Raises:
-        ValueError: If an argument has another form, or if both arguments require a format; the
+        ValueError: If an argument has the wrong form, or if both arguments require a format; the
             message names the field.
         FormatTooLongError: If a schema, an expression or the choices are too large.
         NotImplementedError: If ``structured_outputs`` has ``grammar`` or ``structural_tag``.
@@ -101,9 +101,9 @@ def read_format(
 
 
 def refuse_old_names(body: Mapping[str, Any]) -> None:
-    """Raise ValueError if a request has a field that vLLM renamed in version 0.12.
+    """Raise ValueError if a request has a ``guided_*`` field, which vLLM removed in version 0.12.
 
-    The message contains the new name.
+    The message names the key of ``structured_outputs`` that replaces the field.
     """
     for old, kind in _OLD.items():
         if body.get(old) is not None:

@@ -1,7 +1,8 @@
-"""Methods that ``attach`` replaces in a model and its modules; no class is changed.
+"""Replacements that ``attach`` sets for methods of a model and of its modules.
 
-The replacements pass ``adapter_names=`` to the layers, repeat the adapters of a block for beams and
-returned sequences, and reject calls that the layers cannot compute.
+They are set on the instances, not on the classes. They pass ``adapter_names=`` to the layers,
+repeat the adapters of a block for beams and returned sequences, and reject calls that the layers
+cannot compute.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from ._pipelines import report_lost_names
 
 _Run = Callable[..., Any]
 
-#: Prefix of the attribute that stores a method that an instance had in its ``__dict__`` before.
+#: Prefix of the attribute that stores a replaced method if it was in the instance's ``__dict__``.
 _OWN_PREFIX = "_lora_ext_own_"
 #: Arguments of ``forward`` whose first dimension is the batch dimension.
 _INPUTS = (
@@ -41,7 +42,7 @@ _INPUTS = (
     "pixel_values",
     "input_features",
 )
-#: Names, in different versions of transformers, of the argument of ``forward`` for the cache.
+#: Names of the cache argument of ``forward`` in different versions of transformers.
 _CACHES = ("cache", "past_key_values", "cache_params")
 #: Arguments of ``forward`` that only a step of transformers' continuous batching passes.
 _PACKED = ("read_index", "write_index", "block_table")
@@ -50,31 +51,31 @@ _PACKED = ("read_index", "write_index", "block_table")
 class Hooks:
     """Replacements of the methods of one attached model.
 
-    Each method has the name of the transformers method that it replaces. Its arguments are the
-    model; ``own``, the original method bound to the model; and the arguments of the call.
+    Each method has the name of the transformers method that it replaces. It receives the model, the
+    original method bound to the model (``own``), and the arguments of the call.
 
     Args:
-        names: chooses the adapter names of each call.
+        names: object that chooses the adapter names of each call.
     """
 
     def __init__(self, names: CallNames):
         self.names = names
         self._lock = _ForwardLock()
         # Dynamo does not trace this function: a compiled model has a graph break here, and the
-        # forward runs eagerly. No decorator is used, because it would import dynamo together with
-        # this file, which takes a second.
+        # forward runs eagerly. A decorator would import dynamo together with this file, which takes
+        # a second.
         self._uncompiled: Any = torch.compiler.disable(
             self._locked_forward,
-            reason="a manager of continuous batching runs, and a compiled forward would not wait; "
-            "or the tokens determine the sequences of images, videos or sounds, or the start of an "
-            "activated adapter",
+            reason="a manager of continuous batching runs, for which a compiled forward cannot "
+            "wait; or token ids determine the sequences that contain images, videos or sounds, or "
+            "the start of an aLoRA adapter",
         )
 
     def install(self, model: nn.Module) -> list[tuple[str, str]]:
         """Replace methods of a model and its modules.
 
         Returns:
-            The name of the module and the name of the method, for each replaced method.
+            For each replaced method, the names of the module and of the method.
         """
         installed = []
         for name, module in model.named_modules():
@@ -103,14 +104,14 @@ class Hooks:
     ) -> Any:
         """Run a forward inside :func:`adapters` with ``adapter_names``.
 
-        The lock is held, except while a graph is compiled or runs.
+        The method holds the model's forward lock, except while a graph is compiled or runs.
         """
         refuse_singular("forward", kw)
         if not compiles():
             return self._locked_forward(own, model, args, kw, adapter_names)
-        # A graph cannot wait for the lock, which a running manager holds during its steps. Nor can
-        # it read tokens, which determine the starts of activated adapters and the sequences that
-        # contain images, videos or sounds. In these cases the forward is not compiled.
+        # A graph cannot wait for the lock, which a running manager holds during its steps. It also
+        # cannot read tokens, which determine the starts of activated adapters and the sequences
+        # that contain images, videos or sounds. In these cases the forward is not compiled.
         if _continuous.running_managers or _context.any_activated or has_media(model, kw):
             return self._uncompiled(own, model, args, kw, adapter_names)
         with self.names.block(adapter_names):
@@ -136,7 +137,7 @@ class Hooks:
     def generate(
         self, model: Any, own: _Run, /, *args: Any, adapter_names: Names = None, **kw: Any
     ) -> Any:
-        """Generate with the adapter names of the call.
+        """Call the model's ``generate`` with the adapter names of the call.
 
         The repetition of rows for beams and returned sequences applies only to this call.
         """
@@ -148,8 +149,8 @@ class Hooks:
                 scale = kw.get("guidance_scale", getattr(config, "guidance_scale", None))
                 if scale is not None and scale != 1:
                     raise NotImplementedError(
-                        "generate: guidance_scale: expected None or 1 with an activated adapter, "
-                        f"found {scale}: its start in the unconditional prompt is not known"
+                        "generate: guidance_scale: expected None or 1 with an aLoRA adapter, found "
+                        f"{scale}; the adapter has no known start in the unconditional prompt"
                     )
                 _generation.prompt_known(*_prompt_and_past(args, kw))
             return own(*args, **kw)
@@ -206,10 +207,10 @@ class Hooks:
         allow_base: bool = False,
         **kw: Any,
     ) -> Any:
-        """Generate with one adapter name per request.
+        """Call the model's ``generate_batch`` with one adapter name per request.
 
-        With ``allow_base``, prompts without the invocation of their activated adapter use the base
-        model; otherwise they raise ValueError.
+        If a prompt lacks the invocation of its activated adapter (aLoRA), it uses the base model if
+        ``allow_base`` is True. Otherwise ValueError is raised.
         """
         refuse_singular("generate_batch", kw)
         require_flags("generate_batch", allow_base=allow_base)
@@ -256,7 +257,7 @@ _REPLACEMENTS: dict[str, _Run] = {
 def _replacing_function(hooks: Hooks, replacement: _Run, kind: type, method: str) -> Any:
     """Return a function that replaces ``method`` in modules of the class ``kind``.
 
-    The function uses the module to which it is bound, so it also works in a copied model.
+    The function is bound to a module, as a method is, so it also works in a copied model.
     """
     original = getattr(kind, method)
     static = isinstance(inspect.getattr_static(kind, method), staticmethod)
@@ -288,12 +289,12 @@ def uninstall(model: nn.Module, installed: list[tuple[str, str]]) -> None:
 
 
 def _run_forward(run: _Run, model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Run a forward, with the state that its layers need to assign rows to adapters.
+    """Run a forward, with the state that its layers need to assign adapters to rows.
 
-    This state is the shape of the batch, the sequences that contain images, videos or sounds, and
-    the adapter of each token if adapters are activated. Outside of every block no state is stored.
-    If dynamo traces the forward, only the shape is stored, because :meth:`Hooks.forward` does not
-    compile forwards that need more.
+    This state is the shape of the batch, the sequences that contain images, videos or sounds, and,
+    with aLoRA adapters, the adapter of each token. Outside of every block no state is stored. If
+    dynamo traces the forward, only the shape is stored, because :meth:`Hooks.forward` does not
+    compile forwards that need other state.
 
     Raises:
         NotImplementedError: If the forward is a step of a manager that does not support adapters,
@@ -344,7 +345,7 @@ def _activation(
         return contextlib.nullcontext()
     encodes = getattr(getattr(model, "config", None), "is_encoder_decoder", False)
     expected = "ordinary adapters on an encoder-decoder model"
-    found = "an activated one (alora_invocation_tokens)"
+    found = "an aLoRA adapter (alora_invocation_tokens)"
     require(not encodes, "adapters", "names", expected, found, NotImplementedError)
     given = dict(zip(_parameters(type(model)), args, strict=False)) | kwargs
     ids = given.get("input_ids")
@@ -370,9 +371,8 @@ def _parameters(kind: type) -> tuple[str, ...]:
 def _prompt_and_past(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor | None, int]:
     """Return the token ids passed to ``generate`` and the number of cached tokens before them.
 
-    The ids are None if they are not given or do not contain the whole prompt.
-
-    If there is a cache, ``attention_mask`` includes the cached tokens.
+    The ids are None if they are not given or do not contain the whole prompt. The number is known
+    from ``attention_mask``, which also covers the cached tokens.
     """
     ids = kwargs.get("input_ids", kwargs.get("inputs", args[0] if args else None))
     if not isinstance(ids, Tensor) or ids.dim() != 2 or ids.is_floating_point():
@@ -393,9 +393,10 @@ class _ForwardLock:
     such a call. A forward with ``is_causal=`` therefore holds the lock exclusively; other forwards
     share it.
 
-    State: ``_entrance`` is held while a forward enters, and by an exclusive one until it ends.
-    ``_sharing`` is the number of shared holders, guarded by ``_changed``. ``_thread.held`` is True
-    while the thread holds the lock; its nested forwards do not acquire it again.
+    State: a forward holds ``_entrance`` while it acquires the lock, and an exclusive forward until
+    it ends. ``_sharing`` is the number of forwards that share the lock, guarded by ``_changed``.
+    ``_thread.held`` is True while the thread holds the lock; nested forwards of the thread do not
+    acquire the lock again.
     """
 
     def __init__(self) -> None:

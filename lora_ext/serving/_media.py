@@ -1,4 +1,4 @@
-"""Assignment of adapters to images, videos and sounds: each uses the adapter of its sequence.
+"""Assignment of adapters to images, videos and sounds, which use the adapter of their sequence.
 
 The rows of vision and audio towers (encoders), and of their projectors, are units of media (images,
 videos or sounds) and not sequences. The owner of a unit is the sequence that contains its
@@ -37,7 +37,7 @@ KINDS = (
 
 
 class _Owners(NamedTuple):
-    """Owners of the media of one type in a batch."""
+    """Sequences of a batch to which the media of one type (such as images) belong."""
 
     rows: list[int] | None  # sequence of each unit, in order; None if unknown
     uniform: bool  # True if a tower has the same number of rows for each unit
@@ -45,8 +45,8 @@ class _Owners(NamedTuple):
     sequences: int  # number of sequences in the batch
 
 
-#: Names of arguments that contain sizes: images with different sizes may have different numbers of
-#: tokens.
+#: Pattern for the names of arguments that contain sizes of media. Images of different sizes may
+#: have different numbers of tokens.
 _SIZES = re.compile("image|pixel|spatial|video|audio|feature")
 
 _media_owners: ContextVar[Mapping[str, _Owners] | None] = ContextVar("lora_ext.media", default=None)
@@ -54,14 +54,14 @@ _media_owners: ContextVar[Mapping[str, _Owners] | None] = ContextVar("lora_ext.m
 
 @contextlib.contextmanager
 def media_owners(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[None]:
-    """Store the owners of the media of a forward or ``generate`` during a ``with`` block.
+    """Store during a ``with`` block which sequence each image, video and sound belongs to.
 
     Raises:
         ValueError: If a block has several names, the model has no method that runs its tower
-            separately, and there are as many units as sequences, but not one unit in each sequence.
+            separately, and there are as many units as sequences but not one unit per sequence.
     """
     found = _owners(model, args, kwargs)
-    if not found:  # a part of a model, or a later step of generate: keep the stored value
+    if not found:  # part of a model, or a later step of generate: keep the stored owners
         yield
         return
     for kind in KINDS:
@@ -83,7 +83,10 @@ def media_owners(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> I
 
 
 def has_media(model: Any, kwargs: Mapping[str, Any]) -> bool:
-    """Return whether a forward has media; it then reads token ids, which no graph can do."""
+    """Return whether a forward receives images, videos or sounds.
+
+    Such a forward reads the values of token ids, which a compiled graph cannot do.
+    """
     config = getattr(model, "config", None)
     return any(
         kwargs.get(kind.given) is not None and getattr(config, kind.token, None) is not None
@@ -94,12 +97,12 @@ def has_media(model: Any, kwargs: Mapping[str, Any]) -> bool:
 def of_media(
     kind: _Kind, _hooks: Any, model: Any, own: Callable[..., Any], /, *args: Any, **kwargs: Any
 ) -> Any:
-    """Run a method of a tower in blocks with one name per unit of media.
+    """Run a method of a tower in ``adapters`` blocks with one name per image, video or sound.
 
     Args:
         kind: type of the media.
-        model: the model.
-        own: the original method of ``model``, called with ``args`` and ``kwargs``.
+        model: model that contains the tower.
+        own: original method of ``model``, called with ``args`` and ``kwargs``.
     """
     owners = (_media_owners.get() or {}).get(kind.method)
     if owners is None:
@@ -107,8 +110,8 @@ def of_media(
     given = kwargs.get(kind.given, args[0] if args else None)
     if not isinstance(given, Tensor) or len(given) != owners.given:
         owners = owners._replace(rows=None)
-    # Unset during the call: the method may call the same method of a submodule, which must not
-    # change the blocks again.
+    # Unset the variable during the call: the method may call the same method of a submodule, which
+    # must not change the blocks again.
     with _context.context_value(_media_owners, None), _generation.generation_scope():
         _generation.change_blocks(lambda block: _assigned(block.assignment, owners))
         return own(*args, **kwargs)
@@ -162,9 +165,9 @@ def _rows(
 
 
 def _fill(counts: Sequence[int], kwargs: Mapping[str, Any], patches: int) -> bool:
-    """Return whether the grid sizes of the units fit the number of tokens of each sequence.
+    """Return whether the grid sizes of the units match the number of tokens of each sequence.
 
-    The number of tokens of a unit is assumed to be proportional to its number of patches.
+    This assumes that a unit's number of tokens is proportional to its number of patches.
     """
     grids = [v for k, v in kwargs.items() if k.endswith("grid_thw") and isinstance(v, Tensor)]
     total = sum(counts)
@@ -179,7 +182,7 @@ def _fill(counts: Sequence[int], kwargs: Mapping[str, Any], patches: int) -> boo
 
 
 def _alike(number: int, kwargs: Mapping[str, Any]) -> bool:
-    """Return whether each argument in ``_SIZES`` has equal entries for all ``number`` media."""
+    """Return whether each argument that ``_SIZES`` matches has equal entries for all media."""
     return all(
         len(value) != number or value.dim() <= 1 or bool((value == value[:1]).all())
         for name, value in kwargs.items()
@@ -192,11 +195,11 @@ def _alike(number: int, kwargs: Mapping[str, Any]) -> bool:
 
 
 class _Units(Assignment):
-    """Assignment of one adapter to each unit of media, which has several rows in a tower.
+    """Assignment of an adapter to each image, video or sound, which has several rows in a tower.
 
     Args:
         entries: assignment of an adapter to each unit.
-        uniform: True if all units have the same number of rows, so that a layer may pack the rows.
+        uniform: True if all units have the same number of rows, which a layer may then pack.
     """
 
     def __init__(self, entries: Assignment, uniform: bool):
@@ -204,10 +207,9 @@ class _Units(Assignment):
         self._uniform = uniform
 
     def check_tokens(self, layout: Layout) -> None:
-        """Raise ValueError unless the first dimension of an embedding's input is the media units.
+        """Raise ValueError unless an embedding's input has one entry per unit of media.
 
-        A unit is an image, video or sound. The first dimension may be positions instead, for
-        example.
+        The input of an embedding of positions, for example, has other entries.
         """
         if layout.leading[:1] != (len(self.places),):
             raise self._misfit(layout.leading)
@@ -223,12 +225,12 @@ class _Units(Assignment):
 
 
 class _Unknown(Assignment):
-    """Assignment of adapters to sequences, for a layer with rows of unknown sequences."""
+    """Assignment for a layer whose rows belong to unknown sequences; its use raises ValueError."""
 
     def spread(self, layout: Layout) -> tuple[int, int]:
         raise ValueError(
             "adapters: names: expected one name for all sequences, as the tokens do not determine "
-            f"which one contains each image, video or sound, found {self.each()!r:.200}"
+            f"which sequence contains each image, video or sound, found {self.each()!r:.200}"
         )
 
 

@@ -13,9 +13,9 @@ CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
 _COUNTERS = {
     "requests_total": "Requests that have ended.",
-    "tokens_total": "Tokens of the answers of requests that have ended.",
+    "tokens_total": "Generated tokens of requests that have ended.",
     "cancelled_total": "Requests that have ended because their client has disconnected.",
-    "refused_total": "Requests that were answered with an error, by its code.",
+    "refused_total": "Requests that were rejected, by HTTP status code.",
     "pool_loads": "Adapters that were read.",
     "pool_evictions": "Adapters that were evicted to make room for others.",
     "pool_cache_hits": "Adapters that were loaded from host memory.",
@@ -42,14 +42,14 @@ _GAUGES = {
 
 
 class Load(NamedTuple):
-    """Load of an engine.
+    """Load of an engine: its running and waiting requests, and its use of memory.
 
     Args:
-        running: adapter name of each running request, a tuple of names for a mixture; None is the
-            base model.
-        waiting: adapter name of each waiting request.
+        running: for each running request, the adapter name, the tuple of names of a mixture, or
+            None for the base model.
+        waiting: the same for each waiting request.
         most_adapters: maximum number of adapters on the device.
-        cache: used fraction of the cache of keys and values.
+        cache: used fraction of the KV cache.
     """
 
     running: Sequence[Name | None]

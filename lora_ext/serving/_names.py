@@ -2,7 +2,7 @@
 
 A call uses its argument ``adapter_names=``. Without this argument it uses the names of the
 surrounding block, and without a block the default of ``attach``. If a pipeline has dropped the
-names of a call, the call raises (``_pipelines.py``), because it would use the base model.
+names of a call, the call raises an error (``_pipelines.py``) instead of using the base model.
 """
 
 from __future__ import annotations
@@ -31,13 +31,13 @@ class CallNames:
         self.handle = pool_handle(pool)
 
     def block(self, names: Names) -> contextlib.AbstractContextManager[Any]:
-        """Return a block for a call with these names; if they are None, keep the current block."""
+        """Return a context manager that enters a block with these names unless they are None."""
         if names is None:
             return contextlib.nullcontext()
         return _context.of_call(names, pool=self.pool)
 
     def of_call(self, given: Names) -> Names:
-        """Return the names for a call: ``given``, or the default if it is None outside a block.
+        """Return ``given``, or the default if ``given`` is None and there is no block.
 
         Raises:
             RuntimeError: If the default is needed and is "error".
@@ -51,7 +51,7 @@ class CallNames:
     def of_requests(self, where: str, given: Names, count: int) -> list[Entry]:
         """Return one entry per request: the given names, those of the block, or the default.
 
-        The name of the base model is None or :data:`BASE`, as in a block.
+        None and :data:`BASE` stand for the base model, as in a block.
 
         Args:
             where: name of the function, for messages.
@@ -89,7 +89,7 @@ class CallNames:
         return names
 
     def check_invoked(self, where: str, prompts: Sequence[NamedPrompt]) -> None:
-        """Raise ValueError if a prompt lacks the invocation of its activated adapter.
+        """Raise ValueError if a prompt lacks the tokens (invocation) that activate its adapter.
 
         Prompts with ``allow_base`` are not checked.
         """
@@ -106,7 +106,7 @@ class NamedPrompt(list[int]):
 
     adapter: Entry
     allow_base: bool  # whether to use the base model if the prompt lacks the invocation
-    errors: list[BaseException]  # of all prompts; transformers would only log them
+    errors: list[BaseException]  # errors of all prompts; transformers would only log them
 
 
 def not_invoked(where: str, name: Entry, invocation: Sequence[int]) -> ValueError:

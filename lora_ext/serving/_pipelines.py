@@ -1,9 +1,10 @@
 """Detection of transformers pipelines that do not pass the adapter names to the model.
 
 Some pipelines ignore the names of a call, some split an input into several rows, and some compute
-only when their result is read. The model's forward cannot detect this. ``Pipeline.__call__`` and
-``Pipeline.forward``, which every pipeline runs, are therefore wrapped on the class. The wrappers
-store the running call and step in ContextVars. Models that are not attached are not affected.
+only when their result is read. The model's forward cannot detect such a pipeline. This file
+therefore wraps the methods ``__call__`` and ``forward`` of the class ``Pipeline``, which every
+pipeline runs. The wrappers store the running call and step in ContextVars. They do not affect
+unattached models.
 """
 
 from __future__ import annotations
@@ -87,7 +88,7 @@ def report_lost_names(handle: int) -> None:
     """Raise an error if the forward of a pipeline would use wrong adapters; warn if it might.
 
     Args:
-        handle: handle of the pool.
+        handle: number of the pool.
 
     Raises:
         ValueError: If the pipeline received ``adapter_names`` and there is no block, or if a block
@@ -114,8 +115,8 @@ def report_lost_names(handle: int) -> None:
     if call is not None and call.names:
         kind = "a pipeline" if step is None else f"a {type(step[0]).__name__}"
         raise ValueError(
-            f"adapter_names: expected a block around the pipeline, found an argument that {kind} "
-            "does not pass to the model; call it inside `with lora_ext.adapters(...)`"
+            "adapter_names: expected `with lora_ext.adapters(...)` around the pipeline, found an "
+            f"argument that {kind} does not pass to the model"
         )
     if call is not None and call.lazy and handle in call.blocks and handle not in _warned:
         _warned.add(handle)

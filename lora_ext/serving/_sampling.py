@@ -11,8 +11,8 @@ from torch import Tensor
 
 from lora_ext._checks import check_fields, require, within
 
-OVERFLOWS = "expected finite logits, found NaN or inf"  # part of the error of such a request
-_MOST_ROWS = 64  # rows whose log-probabilities are in memory at the same time
+OVERFLOWS = "expected finite logits, found NaN or inf"  # part of an error message of a request
+_MOST_ROWS = 64  # maximum number of rows whose log-probabilities are in memory at the same time
 
 
 @dataclass(frozen=True)
@@ -27,15 +27,15 @@ class Sampling:
         seed: seed of a generator for this request, so that its tokens do not depend on the batch.
             None uses torch's default generator. Forked requests share a generator.
         top_k: number of most likely tokens to draw from; -1 for all. Applied before ``top_p``.
-        min_p: smallest probability of a token to draw, as a share of the largest one. Applied after
-            ``temperature`` and before ``top_p``.
-        repetition_penalty: divisor of the positive logits, and factor of the negative ones, of all
-            tokens that the prompt or the answer contains. 1 changes nothing.
+        min_p: minimum probability of a drawn token, as a fraction of the largest probability.
+            Applied after ``temperature`` and before ``top_p``.
+        repetition_penalty: for all tokens that the prompt or the answer contains, divisor of
+            positive logits and factor of negative ones. 1 changes nothing.
         logit_bias: numbers to add to logits, by token id.
-        min_tokens: number of tokens before which an answer has no end token.
+        min_tokens: minimum number of tokens in the answer before an end token.
 
     Raises:
-        ValueError: If an argument is invalid; the message names it.
+        ValueError: If an argument is invalid. The message names the argument.
 
     Source: Holtzman et al. 2020, "The Curious Case of Neural Text Degeneration", for ``top_p``.
     """
@@ -60,7 +60,7 @@ class Sampling:
             "min_tokens": within(0),
         }
         check_fields(self, bounds)
-        # Stored as a float, because torch cannot divide by integers of more than 64 bits.
+        # Store a float, because torch cannot divide by integers of more than 64 bits.
         object.__setattr__(self, "temperature", float(self.temperature))
         found = self.top_k
         require(found != 0, "Sampling", "top_k", "a number of tokens, or -1 for all", found)
@@ -71,7 +71,7 @@ class Sampling:
         return self.temperature > 0 and self.top_p == 1 and self.top_k == -1 and self.min_p == 0
 
     def processors(self, prompt: int, ends: Collection[int], device: torch.device) -> Any:
-        """Return transformers' processors for the settings that apply before the temperature.
+        """Return transformers' logits processors for settings that apply before the temperature.
 
         Args:
             prompt: number of tokens in the prompt.
@@ -108,16 +108,16 @@ class Sampling:
         """
         if self.temperature == 0:
             return logits.argmax()
-        # The largest logit becomes 0 before the division, so that no quotient overflows.
+        # Subtract the largest logit before the division, so that no quotient overflows.
         heat = (logits - logits.max()).double() / self.temperature
         import transformers
 
-        ids: Any = None  # which these processors do not read
-        if self.top_k > 0:  # logits equal to the k-th largest are kept too
+        ids: Any = None  # these processors do not read the ids
+        if self.top_k > 0:  # all logits equal to the k-th largest are kept
             heat = transformers.TopKLogitsWarper(self.top_k)(ids, heat[None])[0]
         if self.min_p > 0:
             heat = transformers.MinPLogitsWarper(self.min_p)(ids, heat[None])[0]
-        # multinomial rejects NaN, on a GPU by an assertion, which would end all other requests.
+        # multinomial rejects NaN. On a GPU it fails an assertion, which would end all requests.
         probabilities = heat.softmax(-1).nan_to_num(1.0)
         if self.top_p < 1:
             falling, order = probabilities.sort(descending=True)
@@ -132,7 +132,7 @@ class TokenLogprob(NamedTuple):
     Attributes:
         token: id of the token.
         value: log-probability of the token.
-        rank: number of tokens that are at least as likely.
+        rank: number of tokens that are at least as likely, including this token.
         top: ids and log-probabilities of the most likely tokens, the most likely one first.
     """
 
@@ -149,13 +149,13 @@ class Logprobs:
     settings that change the distribution.
 
     Args:
-        top: number of most likely tokens that are recorded with each new token; None records no new
-            tokens.
-        prompt_top: the same for the tokens of the prompt.
+        top: number of most likely tokens to record with each new token; None records no new tokens.
+        prompt_top: number of most likely tokens to record with each prompt token; None records no
+            prompt tokens.
 
     Attributes:
-        tokens: the new tokens.
-        prompt: the tokens of the prompt by position. The first token has no log-probability.
+        tokens: records of the new tokens.
+        prompt: records of the prompt tokens by position. The first token has no log-probability.
     """
 
     def __init__(self, top: int | None = 0, prompt_top: int | None = None):
@@ -165,7 +165,10 @@ class Logprobs:
 
 
 def logprobs_of(logits: Tensor, rows: list[int], tokens: list[int], top: int) -> list[TokenLogprob]:
-    """Return the log-probability of one token in each of the rows of ``logits (N, V)``."""
+    """Return the log-probability of ``tokens[i]`` in row ``rows[i]`` of ``logits``, for each i.
+
+    ``logits`` is ``(N, V)``. Each result also contains the ``top`` most likely tokens of its row.
+    """
     found = []
     for begin in range(0, len(rows), _MOST_ROWS):
         part = slice(begin, begin + _MOST_ROWS)

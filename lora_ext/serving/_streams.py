@@ -15,11 +15,11 @@ _RECHECK_SECONDS = 1.0  # time without a token after which a stream checks that 
 
 
 class GenerationGoneError(RuntimeError):
-    """Error for a request for a generation of an adapter that is not its current one."""
+    """Error for a request that requires an adapter generation other than the current one."""
 
 
 def check_generation(current: int | None, asked: int | None) -> None:
-    """Raise GenerationGoneError if a request asks for a generation other than the current one."""
+    """Raise GenerationGoneError if ``asked`` is neither None nor the current generation."""
     expected, error = f"{current}, the current one", GenerationGoneError
     require(asked in (None, current), "begin", "adapter_generation", expected, asked, error)
 
@@ -28,7 +28,7 @@ class RequestStream:
     """Asynchronous iterator over the new tokens of one request; each item is a list of token ids.
 
     The constructor starts the request and requires a running event loop. A slow reader receives
-    longer lists; neither the manager nor another reader waits for a slow reader.
+    longer lists; neither the manager nor other readers wait for it.
 
     Args:
         manager: continuous-batching manager of transformers for an attached model; it must have
@@ -36,7 +36,7 @@ class RequestStream:
         input_ids: token ids of the prompt.
         ended: function that is called once with this stream after the last token.
         begun: function that is called with this stream when the first token has arrived, or when
-            the request ends. It may be called several times.
+            the request ends. This function may be called several times.
         generation: generation that the adapter must have; None accepts any.
         settings: keyword arguments of the manager's ``add_request``: ``adapter_name``,
             ``max_new_tokens``, ``eos_token_id``, ``sampling``, ``logprobs``.
@@ -62,7 +62,7 @@ class RequestStream:
     ):
         self.request_id = uuid.uuid4().hex
         self.prompt = list(input_ids)
-        #: All generated tokens so far, up to the stop string if there is one.
+        #: All tokens generated so far, up to the stop string if one was found.
         self.tokens: list[int] = []
         #: Number of tokens that :meth:`texts` has decoded.
         self.decoded = 0
@@ -70,7 +70,7 @@ class RequestStream:
         self.cancelled = self.stopped = False  # stopped: a stop string ended the request
         #: Generation of the adapter; None for the base model.
         self.generation: int | None = generation
-        #: Number of the adapter's weights, or of a mixture with its weights; 0 for the base model.
+        #: Number that identifies the adapter's version and its weight; 0 for the base model.
         self.version = 0
         self._broken: str | None = None
         self._manager, self._read = manager, 0
@@ -91,7 +91,7 @@ class RequestStream:
                 self._forget()
         if accepted is None:
             raise RuntimeError(
-                "RequestStream: expected a running manager, found one that is stopping or failed"
+                "RequestStream: expected a running manager, found a stopping or failed one"
             )
 
     @property
@@ -117,7 +117,7 @@ class RequestStream:
         return {**found, "total_tokens": sum(found.values())}
 
     def cancel(self) -> None:
-        """End the request and unpin its adapter, for example when no more tokens are needed."""
+        """End the request and unpin its adapter, for example if no more tokens are needed."""
         if not self.finished:
             self.cancelled = True
             self._manager.cancel_request(self.request_id)
@@ -241,7 +241,7 @@ class TextStream:
         self.stopped = False
         self._tokenizer = tokenizer
         self._stop = (stop,) if isinstance(stop, str) else tuple(stop)
-        # Tokens whose text was returned last, then tokens whose text was not returned yet.
+        # The tokens whose text was returned last, then those whose text has not been returned yet.
         self._window: list[int] = []
         self._told = 0  # number of tokens in the window whose text was returned
         self._held = ""  # text that may be the beginning of a stop string

@@ -43,7 +43,7 @@ Model = TypeVar("Model", bound=nn.Module)
 _KEY = "_lora_ext_attachment"
 
 # Modules of T5, MPNet, WavLM, SpeechT5 and MVP that receive pairs of positions or a learned prompt.
-# This input is the same for all sequences, so it has no row per sequence.
+# Such an input is the same for all sequences, so it has no row per sequence.
 _SHARED = re.compile(
     r"(^|\.)(\w*relative_attention_bias|rel_attn_embed|distance_embedding|pe_k|"
     r"(self|cross)_attn_prompt\..*)$"
@@ -52,9 +52,9 @@ _SHARED = re.compile(
 
 @dataclass(eq=False)
 class _Attachment:
-    """State of an attached model, stored in its ``__dict__``.
+    """State of an attached model, stored in the model's ``__dict__``.
 
-    A deep copy of the model copies it, so the copy is attached, too.
+    A deep copy of the model copies this state, so the copy is attached, too.
     """
 
     pool: AdapterPool
@@ -62,7 +62,7 @@ class _Attachment:
     packed: bool
     fused: bool
     hooked: list[tuple[str, str]]  # result of Hooks.install
-    spaced: list[nn.Module]  # layers with hooks that space_products registered
+    spaced: list[nn.Module]  # layers on which space_products has registered hooks
 
     def __post_init__(self) -> None:
         attachments.add(self)
@@ -96,8 +96,8 @@ def attach(
     equivalent to a block of :func:`lora_ext.adapters` around the call.
 
     Args:
-        model: the model that the pool was made for, or one with the same modules and sizes.
-        pool: the pool of the adapters.
+        model: model that the pool was made for, or a model with the same modules and sizes.
+        pool: pool that contains the adapters.
         default: adapter of a call outside every block and without ``adapter_names=``: None for the
             base model, the name of an adapter, a mixture as in :func:`lora_ext.adapters`, or
             "error" to raise RuntimeError.
@@ -114,9 +114,9 @@ def attach(
             that are called with the same tensor (q, k, v; gate, up). On a GPU they then need only
             the kernel launches of one layer: see :mod:`lora_ext.serving.layers._siblings`. The
             first of these layers also calls the base layers of the others, slightly earlier than
-            the model does. The results are bitwise the same. The option applies on a GPU, outside
-            gradients, autocast and ``torch.compile``, to plain linear base layers without hooks and
-            to adapters that only add to the output; other layers are computed separately.
+            the model does. The results are bitwise the same. The option has an effect on a GPU,
+            without gradients, autocast and ``torch.compile``, for plain linear base layers without
+            hooks and adapters that only add to the output. Other layers are computed separately.
         overlap: deprecated, without effect. Use ``fuse_siblings`` for fewer kernel launches.
 
     Returns:
@@ -128,8 +128,8 @@ def attach(
         UnknownAdapterError: If the pool does not have an adapter in ``default``.
         RuntimeError: If the model, or a part of it, is attached or has PEFT's layers.
         ValueError: If ``default`` is not an entry; if a module of the pool is missing in the model
-            or has another size; if the pool lacks a module of the model; or if ``pack_linears``
-            raises.
+            or has the wrong size; if the pool lacks a module of the model; or if ``pack_linears``
+            raises ValueError.
         NotImplementedError: If transformers' ``tp_plan`` has sharded the weights.
 
     After any error the model is unchanged.

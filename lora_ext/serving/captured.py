@@ -1,4 +1,4 @@
-"""``capturable``: a decode step in a CUDA graph whose replays may use any adapters of the pool.
+"""``capturable``: capture a decode step in a CUDA graph that can use any adapters of the pool.
 
 A replay of a captured graph repeats kernels on fixed addresses and runs no Python, so it cannot
 read the names of adapters. The slot of each row's adapter (its index in the tables of the pool),
@@ -26,8 +26,8 @@ from lora_ext.rows import Assignment, Layout, Rows, _rows, in_step
 from .layers._pool_after import AfterTable, PoolAfter
 from .layers._pool_replaced import ReplacedBank
 
-# Parts of a module's forward that are captured only if an adapter in the pool has them. The keys
-# are the fields of ModuleSlab that are then not None; the values are descriptions for messages.
+# Parts of a module's forward that are captured only if an adapter in the pool needs them. The keys
+# are fields of ModuleSlab that are not None in this case; the values are names for messages.
 _PARTS = {
     "a_pages": "factors",
     "bias": "a bias",
@@ -40,7 +40,7 @@ _REPLACED = "a replaced module"
 def capturable(
     pool: AdapterPool, max_rows: int, *, replaced: int = 1, mixed: int = 1
 ) -> Capturable:
-    """Allocate memory for a captured step of at most ``max_rows`` rows, each with an adapter name.
+    """Return a step that CUDA graphs can capture, with adapter names for at most ``max_rows`` rows.
 
     ::
 
@@ -49,16 +49,16 @@ def capturable(
             model(ids)  # once without a graph, as torch requires
             with torch.cuda.graph(graph):
                 logits = model(ids)
-        with step, lora_ext.adapters(["c", None, "a"]):  # rows without a name: the base model
+        with step, lora_ext.adapters(["c", None, "a"]):  # row 3 has no name: base model
             graph.replay()
 
     Args:
-        pool: the pool of the adapters; all its modules must be on one device.
+        pool: pool that contains the adapters. All its modules must be on one device.
         max_rows: maximum number of rows in a step. A row is a sequence with one token, or a token.
         replaced: maximum number of adapters in one step that replace modules
             (``modules_to_save``). For every replaced module, each such adapter needs a copy of the
             weight and one more product with all rows.
-        mixed: maximum number of adapters in the mixture of a row. With 0, all weights must be 1.
+        mixed: maximum number of adapters in a row's mixture. If it is 0, all weights must be 1.
 
     Raises:
         TypeError: If ``pool`` is not a pool.
@@ -73,7 +73,7 @@ def capturable(
     devices = {spec.device for spec in pool.index.specs.values()}
     one = len(devices) == 1
     require(one, "capturable", "pool", "modules on one device", sorted(map(str, devices)))
-    pool.prepare_mixtures(mixed)  # graphs read weights and tables before there is a mixture
+    pool.prepare_mixtures(mixed)  # graphs read the tables of mixtures even before the first mixture
     return Capturable(pool, max_rows, replaced, mixed, devices.pop())
 
 
@@ -94,25 +94,25 @@ class _Graphs:
 
 
 class Capturable:
-    """Capturable step, made by :func:`capturable`.
+    """Step of a model that CUDA graphs can capture, made by :func:`capturable`.
 
     A block of :func:`lora_ext.adapters` that is entered inside ``with step`` writes the slots of
     its adapters to this object, with one copy to the device. These adapters stay pinned until the
     next block writes other adapters. A replay after the block therefore still uses them, even if
-    they have been unloaded. A graph that was captured inside ``with step`` keeps this object and
-    the pool alive, in versions of torch that expose the graph that is being captured.
+    they have been unloaded. In versions of torch that expose the graph being captured, a graph that
+    was captured inside ``with step`` keeps this object and the pool alive.
 
     Only one thread may use the step at a time. If the number of rows of a forward differs from the
-    number of names, as in a prefill, the forward is computed as without the step; in a capture it
-    raises ValueError.
+    number of names, as in a prefill, the forward is computed as without the step. In a capture,
+    such a forward raises ValueError.
 
     State, all owned by this object:
 
     * Permanent, at fixed addresses that graphs read: ``_buffer`` (2, max_rows) and its two rows,
       the views ``_ids`` and ``_places``. ``_ids`` contains the slot of each row's adapter, -1 for
-      the base model. ``_places`` contains the index of that adapter in the banks, -1 if it replaces
-      no module. ``_weights`` (max_rows, mixed) contains the weights of each row, 1 by default;
-      ``_weighted`` is True if some are not 1.
+      the base model. ``_places`` contains the index of this adapter in the banks, -1 if the adapter
+      replaces no module. ``_weights`` (max_rows, mixed) contains the weights of each row, 1 by
+      default; ``_weighted`` is True if some are not 1.
     * Permanent after the first forward that needs it: ``_after``, one table of scales per layer,
       and ``_banks``, one bank per replaced module. A bank stacks the weights of up to
       ``replaced`` adapters; the index of an adapter, its place, is the same in all banks.
@@ -142,7 +142,7 @@ class Capturable:
         self._closed = False
 
     def __repr__(self) -> str:
-        """Return the settings."""
+        """Return a string with the settings and the device."""
         settings = f"max_rows={self.max_rows}, replaced={self.replaced}, mixed={self.mixed}"
         return f"Capturable({settings}, {self.device})"
 
@@ -150,7 +150,7 @@ class Capturable:
         """Make this thread's and task's blocks of the pool write their adapters to this object."""
         self._check_open()
         if self._entered is not None:
-            raise RuntimeError("capturable: expected `with step` to be entered once, found it open")
+            raise RuntimeError("capturable: expected one `with step` at a time, found a nested one")
         self._entered = in_step(self)
         self._entered.__enter__()
         return self
@@ -161,7 +161,7 @@ class Capturable:
         entered.__exit__(None, None, None)
 
     def close(self) -> None:
-        """Unpin the adapters. Later replays use the base model, and later writes raise."""
+        """Unpin the adapters. Later replays use the base model; later blocks raise RuntimeError."""
         self._clear()
         self._closed = True
 
@@ -181,18 +181,18 @@ class Capturable:
         """Write the slots of a block's adapters for replays; pin the adapters until the next write.
 
         After an error, including errors of the pool, replays use the base model. However, a call
-        inside a capture or after :meth:`close` raises without changing anything.
+        inside a capture or after :meth:`close` raises an error without changing anything.
 
         Raises:
             ValueError: If there are more names than rows, or if an adapter needs a part (see
                 :data:`_PARTS`) that a captured graph does not compute.
             RuntimeError: If the step is closed, or a graph is being captured.
-            NotImplementedError: If an adapter is activated.
+            NotImplementedError: If an adapter is an aLoRA adapter.
         """
         self._check_open()
         if _rows.capture(self.device) is not None:
             raise RuntimeError(
-                "adapters: expected a block around the capture, found one entered inside it"
+                "adapters: expected a block entered before the capture, found one entered inside it"
             )
         try:
             with torch.inference_mode(False), torch.no_grad():
@@ -210,8 +210,8 @@ class Capturable:
         """Pin the adapters, write their weights, and return the new values of ``_buffer``.
 
         The scales of outputs and the weights of replaced modules are copied to the tables and
-        banks that graphs read. The result, ``(2, max_rows)`` int32, contains the slot of each row
-        and its place in the banks. After an error the caller releases the pins.
+        banks that graphs read. The result, ``(2, max_rows)`` int32, contains for each row the
+        adapter's slot and its place in the banks. After an error the caller releases the pins.
         """
         per_row = assignment.shape != ()  # rows without a name use the base model
         count = len(assignment.places) if per_row else 0
@@ -229,7 +229,7 @@ class Capturable:
         self._lease = lease = self.pool.acquire(assignment.asked)
         for name, invocation in zip(assignment.names, lease.invocations, strict=True):
             what, expected = f"adapter {name!r}", "an ordinary adapter"
-            found = "an activated one, whose rows depend on the prompt"
+            found = "an aLoRA adapter, whose rows depend on the prompt"
             require(not invocation, "capturable", what, expected, found, NotImplementedError)
         residents = {resident.slot: resident for resident in lease.residents}.values()
         for resident in residents:
@@ -282,13 +282,13 @@ class Capturable:
             lease.__exit__()
 
     # ---------------------------------------------------------------------------------------------
-    # Captures, and the adapters that captured graphs can serve
+    # Captures, and the adapters that captured graphs support
 
     def _slabs(self) -> dict[str, Any]:
         return {**self.pool.modules, **self.pool.experts}
 
     def note_capture(self, device: torch.device, rows: int = 0) -> None:
-        """Record the parts that a graph has if a layer with ``rows`` rows is being captured."""
+        """Record what a graph contains, if a layer with ``rows`` rows is being captured."""
         graph = _rows.capture(device)
         if graph is None:
             return
@@ -303,21 +303,21 @@ class Capturable:
                 for name, slab in self._slabs().items()
             }
         if getattr(graph, "lora_ext_step", None) is not self:
-            graph.lora_ext_step = self  # so the memory that the graph reads is not freed
+            graph.lora_ext_step = self  # keeps the memory that the graph reads
 
     def check_outside_capture(self) -> None:
         """Raise RuntimeError if a layer is captured outside of every block.
 
-        Replays of that graph could only compute the base model.
+        Replays of such a graph could only compute the base model.
         """
         if _rows.capture(self.device) is not None:
             raise RuntimeError(
                 "capturable: expected a block of lora_ext.adapters around the capture, found none; "
-                "enter any, as adapters(None): a replay uses the names that were written before it"
+                "enter lora_ext.adapters(None), for example: a replay uses the latest names"
             )
 
     def _missing_parts(self, resident: Any) -> tuple[str, list[str]] | None:
-        """Return the first module in which the graphs lack parts of an adapter, and these parts."""
+        """Return a module in which the graphs lack parts of an adapter, and the parts; or None."""
         graphs = self._graphs
         if graphs.parts is None or resident.serial in graphs.served:
             return None
@@ -341,7 +341,7 @@ class Capturable:
         return None
 
     def _place(self, residents: Collection[Any]) -> None:
-        """Assign a place in the banks to each adapter that replaces modules, if it has none."""
+        """Assign a place in the banks to each adapter that replaces modules, if it has none yet."""
         slabs = [slab for slab in self._slabs().values() if slab.replaced]
         for r in residents:
             whole = all(r.slot not in s.replaced or s.replaced[r.slot].rows is None for s in slabs)
@@ -367,15 +367,15 @@ class Capturable:
 
         * ``assignment`` is not the object that was written last. The buffers then contain other
           adapters: those of a block that was entered later, or those of this block before
-          ``generate`` changed its rows. The objects are compared by identity because the plan is
-          cached in the assignment, and it is valid only while the buffers contain that assignment.
+          ``generate`` changed its rows. The objects are compared by identity because the assignment
+          caches the plan, which is valid only while the buffers contain this assignment.
         * The layer is on another device, or has more than ``max_rows`` rows.
         * There is one name per token, and tokens are the first dimension of the layer's input.
         * A name applies to several rows, as in a prefill.
 
         Returns:
-            The rows, or None if the layer cannot use the buffers. It then computes its rows as
-            without the step.
+            The rows, or None if the layer cannot use the buffers. The layer then computes its rows
+            as without the step.
 
         Raises:
             ValueError: If one of these cases occurs in a capture, or if the number of names does
@@ -404,9 +404,9 @@ class Capturable:
         return _rows.planned(tuple(range(self.pool.max_slots)), self._ids[:count], weights)
 
     def table(self, factors: PoolAfter) -> Tensor:
-        """Return the table of the scales of a layer with O outputs.
+        """Return the table ``(slots + 1, O + 1)`` of a layer's scales, for O outputs.
 
-        Its shape is ``(slots + 1, O + 1)``; the last row is for the base model.
+        The last row is for the base model.
         """
         if factors not in self._after:
             self._check_warm(factors.name)
@@ -415,9 +415,9 @@ class Capturable:
         return self._after[factors].c
 
     def bank(self, name: str) -> tuple[ReplacedBank | None, Tensor]:
-        """Return the bank of a module, and the place of each row's adapter in it.
+        """Return the bank of a module, and the place of each row's adapter in the bank.
 
-        The bank contains the weights of the adapters that replace the module. It is None if no
+        The bank contains the weights of the adapters that replace the module, or is None if no
         adapter in the pool replaces the module.
         """
         slab = self.pool.modules[name]
@@ -430,5 +430,5 @@ class Capturable:
 
     def _check_warm(self, name: str) -> None:
         outside = _rows.capture(self.device) is None
-        expected = "a step that has run once outside of a capture with these adapters in the pool"
+        expected = "that the model runs once with these adapters in the pool before the capture"
         require(outside, "capturable", name, expected, "a capture of its first run", RuntimeError)

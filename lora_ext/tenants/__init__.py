@@ -1,9 +1,9 @@
 """Training for many tenants on one base model.
 
 A tenant is a user of the service with one trainable adapter. ``Service`` computes the calls of
-several tenants in one forward, samples from their adapters, and writes their saves: folders with an
-adapter and the state of its optimizer. :mod:`lora_ext.server.tinker` makes it available over HTTP.
-Names that are not in ``__all__`` are for other subpackages.
+several tenants in one forward, samples from their adapters, and writes checkpoints: folders with an
+adapter and its optimizer's state. :mod:`lora_ext.server.tinker` serves tenants over HTTP. Names
+that are not in ``__all__`` are for other subpackages.
 """
 
 from lora_ext.serving import QueueFullError

@@ -1,4 +1,4 @@
-"""Steps of the service: one forward and one backward for the data of several tenants' calls."""
+"""Steps of the service. A step runs one forward and one backward for several tenants' calls."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ CAUSAL = "a transformers causal LM, in which no token depends on later tokens"
 
 @dataclass(eq=False)
 class Call:
-    """Pending ``forward_backward`` or ``forward``.
+    """Pending call of ``forward_backward`` or ``forward``.
 
-    Its data are sorted from long to short and split into parts of at most ``most`` tokens,
+    The call's data are sorted from long to short and split into parts of at most ``most`` tokens,
     including padding. A part is always computed in one step. The split depends only on the data of
     the call, so the results do not depend on other calls.
     """
@@ -56,7 +56,8 @@ class Call:
 
     @property
     def tokens(self) -> int:
-        """Sum over the data of the number of tokens or, if it is larger, the number of targets."""
+        """Number of tokens of all data. For a datum with more targets than tokens, the targets are
+        counted."""
         return sum(max(each.length, each.targets.numel()) for each in self.data)
 
     def fail(self, error: BaseException) -> None:
@@ -76,7 +77,7 @@ class Call:
 
 @dataclass(frozen=True, eq=False)
 class Part:
-    """Data of a call that are computed in one step; ``rows`` has their indices in the call."""
+    """Data of a call that one step computes; ``rows`` contains the indices of the data."""
 
     call: Call
     rows: list[int]
@@ -103,11 +104,11 @@ class BatchStep:
     def _looks_ahead(self) -> bool:
         """Return whether a token's logits depend on later tokens, which may be padding.
 
-        The logits of the first token of row 1 are compared after a change of the later tokens of
-        row 1 and after changes of row 0. Row 0 has no effect, except for rounding if the model has
-        experts that compute all rows in one product. The model looks ahead if the later tokens have
-        a clearly larger effect than row 0. All forwards have the same shape, so that libraries
-        choose the same algorithm for each.
+        The method measures how the logits of the first token of row 1 change with the later tokens
+        of row 1 and with row 0. A change of row 0 can only affect rounding, in models with experts
+        that compute all rows in one product. The model looks ahead if the later tokens have a
+        clearly larger effect than row 0. All forwards have the same shape, so that libraries choose
+        the same algorithm for each.
         """
 
         def logits(row: int, first: int) -> Tensor:
@@ -126,8 +127,8 @@ class BatchStep:
         """Return whether the model's logits are exactly ``head(body(ids))``.
 
         Some models cap or scale the output of the head. This is tested once, with a short input.
-        Logits that are all zero prove nothing, since a scale would not change them: the result is
-        then False.
+        Logits that are all zero prove nothing, since a scale would not change such logits. In this
+        case, the result is False.
         """
         body = getattr(self.model, "base_model", None)
         if body is None or body is self.model or self.head is None:
@@ -148,7 +149,7 @@ class BatchStep:
         """
         try:
             self._run(parts)
-        except Exception as error:  # The model may raise any error; the tenant's future raises it.
+        except Exception as error:  # The model may raise any error. The call's future receives it.
             if len(parts) == 1:
                 parts[0].call.fail(error)
                 return
@@ -214,7 +215,7 @@ class BatchStep:
         longest = data[0].length
         ids = pad_sequence([datum.tokens for datum in data], batch_first=True)
         # No mask is needed, because padding follows the tokens and a token does not depend on later
-        # ones. Without a mask, a sequence is computed by the same kernels as if it were alone.
+        # tokens. Without a mask, a sequence is computed by the same kernels as if it were alone.
         at = [torch.arange(datum.length) + row * longest for row, datum in enumerate(data)]
         # Targets are flattened because a datum may have several targets for each token.
         targets = torch.cat([d.targets.flatten() for d in data])
@@ -261,8 +262,7 @@ class _OneTarget(torch.autograd.Function):
 
     The head is frozen, so only the hidden states need a gradient. The gradient of a state is the
     incoming gradient times ``d log p(target) / d state``. The forward computes this derivative with
-    the logits, in chunks of rows, so that logits are neither stored nor recomputed for the
-    backward.
+    the logits, in chunks of rows, so that the backward needs no logits.
     """
 
     @staticmethod

@@ -1,6 +1,5 @@
-"""Data and results of calls, losses with the names of Tinker's API, and checks of both.
-
-A loss is summed over the targets of a datum.
+"""Data, losses and results of training calls, and checks of these data. The names are those of
+Tinker's API. The loss of a datum is a sum over its targets.
 """
 
 from __future__ import annotations
@@ -125,7 +124,7 @@ def _tensor(where: str, argument: str, value: Any) -> Tensor:
     try:
         found = value.detach() if isinstance(value, Tensor) else torch.as_tensor(value)
     except (TypeError, ValueError, RuntimeError, OverflowError) as error:
-        raise ValueError(f"{where}: {argument}: expected numbers, found {error}") from None
+        raise ValueError(f"{where}: {argument}: expected numbers, found none: {error}") from None
     require(not found.is_complex(), where, argument, "real numbers", found.dtype)
     return found
 
@@ -139,7 +138,7 @@ def _ids(where: str, argument: str, ids: Tensor, vocabulary: int) -> Tensor:
 
 
 class Loss(NamedTuple):
-    """Loss: a function of log-probabilities, the inputs that it needs, and its options.
+    """Loss function, with the names of its inputs and the default values of its options.
 
     Args:
         function: ``function(logprobs, inputs, **options)``, which returns a term for each target.
@@ -163,7 +162,7 @@ def _cross_entropy(logprobs: Tensor, inputs: Inputs) -> Tensor:
 
 
 def _ratio(logprobs: Tensor, inputs: Inputs) -> Tensor:
-    """Return the probability of each target, divided by its probability when it was sampled."""
+    """Return each target's probability, divided by the probability with which it was sampled."""
     return (logprobs - inputs["logprobs"]).exp()
 
 
@@ -206,10 +205,12 @@ LOSSES: dict[str, Loss] = {
 
 
 def checked_options(where: str, loss: Any, config: Mapping[str, Any] | None) -> dict[str, float]:
-    """Return all options of a loss: those in ``config``, and defaults for the others.
+    """Return all options of a loss: those in ``config``, and the default values of all other
+    options.
 
     Raises:
-        ValueError: If the loss, an option or its value is not valid; the message names it.
+        ValueError: If the loss, an option or its value is not valid; the message names the
+            argument.
     """
     known = LOSSES[choice(where, "loss", loss, tuple(LOSSES))].options
     options = dict(known)

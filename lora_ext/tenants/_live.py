@@ -18,17 +18,17 @@ Targets = str | Iterable[str] | None
 
 
 class LiveAdapter:
-    """Adapter of one tenant, which has the same unique name in all layers.
+    """Adapter of one tenant, with the same unique name in all layers.
 
-    Layers that are not LoRA layers yet are wrapped. The initial values depend only on the seed.
+    Layers that are not LoRA layers yet are wrapped. The initial values depend only on ``seed``.
     """
 
     def __init__(self, model: nn.Module, name: str, config: LoraConfig, seed: int):
         self.model, self.name, self.config = model, name, config
         first = not any(isinstance(module, LoraLayer) for module in model.modules())
         with torch.random.fork_rng(devices=[]):  # restores the state of torch's CPU generator
-            # The adapter has the dtype of the base model, as in a pool, and is not cast to float32.
-            # The optimizer keeps float32 copies of 16-bit factors.
+            # The adapter has the dtype of the base model, as in a pool. It is not cast to float32,
+            # since the optimizer keeps float32 copies of 16-bit factors.
             wrap(model, config, name, autocast_adapter_dtype=False)
         layers: Any = adapted_layers(model, name)
         self.layers: dict[str, Any] = layers
@@ -58,7 +58,7 @@ class LiveAdapter:
             torch._foreach_add_(self.gradients, gradients)  # pyright: ignore[reportPrivateImportUsage]
 
     def take(self) -> list[Tensor] | None:
-        """Return :attr:`gradients` and set them to None."""
+        """Return the value of :attr:`gradients`, and set the attribute to None."""
         taken, self.gradients = self.gradients, None
         return taken
 
@@ -122,7 +122,7 @@ class Optimizer:
     def step(self, gradients: list[Tensor] | None, max_norm: float, **settings: Any) -> float:
         """Clip the gradients, take a step, and return the norm of the gradients before clipping.
 
-        If ``gradients`` is None, returns 0 and changes nothing. The arguments are those of
+        If ``gradients`` is None, return 0 and change nothing. The arguments are those of
         :func:`checked_settings`.
 
         Raises:
@@ -153,7 +153,7 @@ class Optimizer:
                     parameter.copy_(self._trained[name])
 
     def tensors(self) -> dict[str, Tensor]:
-        """Return the optimizer's state: tensors by the names that a checkpoint uses for them."""
+        """Return the optimizer's state: tensors by their names in a checkpoint."""
         found: dict[str, Tensor] = {}
         for name, trained in self._trained.items():
             if trained is not self._parameters[name]:

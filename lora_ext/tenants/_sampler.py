@@ -32,7 +32,7 @@ from ._data import checked_tokens
 
 MAX_RANK = 512  # maximum rank of the pool's adapters; pages without an adapter take no memory
 _MOST = 1024  # maximum number of waiting samples of one adapter
-_TRIES = 8  # attempts to load an adapter, as others may evict it before it is used
+_TRIES = 8  # attempts to load an adapter, since another load may evict it before it is used
 _ERROR = "Sampler.sample"
 
 
@@ -107,7 +107,7 @@ class SamplingModel:
         how |= {"request_id": name, "adapter_name": adapter, "logprobs": asked.logprobs}
         try:
             accepted = self.manager.add_request(prompt, max_new_tokens=count, **how)
-            require(accepted, _ERROR, "sampler", "a running manager", "a stopped one", RuntimeError)
+            require(accepted, _ERROR, "sampler", "a running manager", "it stopped", RuntimeError)
         except BaseException:
             self.asked.pop(name, None)  # `_fail` may have removed it already
             raise
@@ -121,7 +121,7 @@ class SamplingModel:
                     self._fail("the manager has stopped")
                 continue
             if found.is_finished() and (asked := self.asked.pop(found.request_id, None)):
-                # A request that overflows has an error, but it is finished: see `_sample_of`.
+                # A request that overflows has an error, but not this status: see `_sample_of`.
                 if found.status.name == "FAILED":
                     asked.future.set_exception(RuntimeError(f"{_ERROR}: {found.error}"))
                 else:
@@ -133,14 +133,14 @@ class SamplingModel:
                 asked.future.set_exception(RuntimeError(f"{_ERROR}: {why}"))
 
     def prompt_logprobs(self, tokens: list[int], adapter: str | None) -> list[float]:
-        """Return the log-probability of each token after the first, as training computes it."""
+        """Return the log-probabilities, as in training, of all tokens after the first."""
         with torch.no_grad(), of_call(adapter, pool=self.pool):
             ids = torch.tensor([tokens], device=self.model.device)
             logits = self.model(input_ids=ids, use_cache=False).logits[0, :-1]
         return logits.float().log_softmax(-1).gather(1, ids[0, 1:, None])[:, 0].tolist()
 
     def close(self) -> None:
-        """Stop the manager; the futures of its pending requests raise."""
+        """Stop the manager. The futures of pending requests raise RuntimeError."""
         self._closed = True
         self.manager.stop(hard_stop=True)
         self._thread.join()
@@ -212,9 +212,9 @@ class Sampler:
                 :class:`~lora_ext.serving._sampling.Sampling`.
             top_k: number of most likely tokens to sample from; -1 is all tokens.
             seed: seed that makes the samples reproducible. Sample ``i`` uses ``seed + i``.
-            stop: tokens or texts that end a sample. The sample includes them. The end tokens of the
-                model also end a sample, unless ``stop`` is an empty list: then samples have
-                ``max_tokens`` tokens.
+            stop: tokens or texts that end a sample. The sample includes the token or text that
+                ended it. The end tokens of the model also end a sample, unless ``stop`` is an empty
+                list. With an empty list, every sample has ``max_tokens`` tokens.
 
         Returns:
             ``num_samples`` samples.
@@ -323,7 +323,7 @@ class Sampler:
         return future
 
     def _cut(self, tokens: list[int], texts: list[str]) -> int | None:
-        """Return the number of tokens through the first stop text, or None without a stop text."""
+        """Return the number of tokens up to the end of the first stop text, or None without one."""
 
         def complete(count: int) -> bool:
             said = self._models.tokenizer.decode(tokens[:count], skip_special_tokens=False)
@@ -331,7 +331,7 @@ class Sampler:
 
         if not texts or not complete(len(tokens)):
             return None
-        # Bisection decodes only a few times: one thread runs this for the samples of all tenants.
+        # Bisection decodes only a few times, since one thread runs this for all tenants' samples.
         return bisect.bisect_left(range(len(tokens)), True, key=complete)
 
 

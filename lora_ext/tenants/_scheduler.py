@@ -17,10 +17,10 @@ from lora_ext.serving import QueueFullError
 from ._batch import BatchStep, Call, Part
 
 #: Number of tokens by which each step raises the credit of a waiting tenant. A part of the tenant's
-#: call can join the parts of other tenants if the credit covers its tokens.
+#: call can join the parts of other tenants if it has no more tokens than the credit.
 QUANTUM = 1024
-_MAX_WAIT_SHARE = 1 / 3  # maximum wait for recent tenants, as a share of the last step's duration
-_MAX_ROUNDS = 8  # maximum rounds of items that are not calls, between two steps
+_MAX_WAIT_SHARE = 1 / 3  # maximum wait for recent tenants, divided by the last step's duration
+_MAX_ROUNDS = 8  # maximum number of rounds between two steps that run items other than calls
 
 
 def settle(future: Future[Any], action: Callable[[], Any]) -> None:
@@ -34,7 +34,7 @@ def settle(future: Future[Any], action: Callable[[], Any]) -> None:
 
 
 class Queue:
-    """Pending items of one tenant in order: calls, and functions that need no forward."""
+    """Pending items of one tenant, in order: calls, and functions that run without a step."""
 
     def __init__(self, size: int | None = None, tokens: int = 0) -> None:
         self.size = size  # maximum number of waiting items; None has no limit
@@ -67,12 +67,12 @@ class Queue:
 
 
 class Scheduler:
-    """Thread that computes calls of several tenants in common steps, each queue in order.
+    """Thread that runs the items of all queues in order, with common steps for several tenants.
 
     Deficit round robin in tokens decides which parts of calls join a step. An item that is not a
     call, such as `save` or an optimizer step, runs as soon as it is the first in its queue. Before
-    a step, the thread waits briefly for calls of the tenants of the last two steps. Otherwise, a
-    tenant that was late once would take part only in every second step from then on.
+    a step, the thread waits briefly for calls of the tenants of the last two steps. Without this
+    wait, a tenant that was late once would miss every second step from then on.
 
     Args:
         step: forward and backward of the model.
@@ -112,7 +112,7 @@ class Scheduler:
         with self._changed:
             if self._stopping or queue.closed:
                 why = queue.closed or "the service is closed"
-                raise RuntimeError(f"{where}: expected an open tenant, found that {why}")
+                raise RuntimeError(f"{where}: expected an open tenant, but {why}")
             queue.check_room(where, item)
             # A running future cannot be cancelled: later calls depend on its result.
             future.set_running_or_notify_cancel()
@@ -189,7 +189,7 @@ class Scheduler:
                 if all(queue.head() is not None for queue in late):
                     return
                 if any(queue.ready for queue in self._queues):
-                    return  # That item runs first; the next one in its queue may be a call.
+                    return  # The ready item runs first. The next item in its queue may be a call.
                 left = deadline - time.monotonic()
                 if left <= 0 or not self._changed.wait(left):
                     return

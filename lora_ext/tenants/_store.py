@@ -1,4 +1,4 @@
-"""Store of the tenants' saves: folders with an adapter in PEFT's format and its optimizer."""
+"""Store of checkpoints: folders with a tenant's adapter, in PEFT's format, and its optimizer."""
 
 from __future__ import annotations
 
@@ -21,7 +21,8 @@ _MAX_NAME_BYTES = 200  # file systems allow 255 bytes, and a checkpoint's tempor
 
 
 class Store:
-    """Folder of all saves, which is created if it is missing. If it is None, all methods raise."""
+    """Folder ``root`` of all checkpoints, created if missing. If ``root`` is None, all methods
+    raise."""
 
     def __init__(self, root: str | os.PathLike[str] | None):
         self.root: Path | None = None
@@ -39,7 +40,8 @@ class Store:
                 raise ValueError(f"Service: store: {expected}, found {found}") from error
 
     def folder(self, where: str, path: Any, argument: str = "path") -> Path:
-        """Return the folder of the checkpoint ``path``. Errors call the path ``argument``.
+        """Return the folder of the checkpoint ``path``; ``argument`` is the name of ``path`` in
+        messages.
 
         Raises:
             ValueError: If there is no store, or the path is outside it.
@@ -86,7 +88,7 @@ class Store:
         """Restore the state of an optimizer from a checkpoint.
 
         The optimizer is reset if the checkpoint has no optimizer file, or if ``with_state`` is
-        False. In the second case, the float32 copies of 16-bit factors are still read.
+        False. If ``with_state`` is False, the float32 copies of 16-bit factors are still read.
         """
         path = folder / _OPTIMIZER
         tensors: dict[str, Tensor] = {}

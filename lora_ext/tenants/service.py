@@ -31,20 +31,20 @@ _MOST, _MOST_ADAPTERS = 1 << 31, 1 << 16
 class Service:
     """Training for many tenants on one base model.
 
-    Calls of several tenants that wait at the same time are computed in one forward and backward, a
-    step. Each tenant has a separate adapter, optimizer, gradient and queue. The results of a tenant
-    equal those of a service with only this tenant, up to the rounding of library products
-    (``docs/tenants.md``). If a call fails, the calls of other tenants are not affected.
+    A *step* is one forward and backward that computes waiting calls of several tenants. Each tenant
+    has a separate adapter, optimizer, gradient and queue. The results of a tenant equal those of a
+    service with only this tenant, up to the rounding of library products (``docs/tenants.md``). If
+    a call fails, the calls of other tenants are not affected.
 
     Args:
-        model: transformers model. It is changed in place: its layers are wrapped, and it is frozen
-            and set to evaluation mode. :meth:`close` restores it.
+        model: transformers model. The model is changed in place: its layers are wrapped, and it is
+            frozen and set to evaluation mode. :meth:`close` restores it.
         max_tokens: maximum number of tokens of one step, and therefore of one :class:`Datum`.
-        store: folder of all saves, which is created if it does not exist; None disables saves.
-        queue: maximum number of waiting calls of a tenant. In total, they may have at most
+        store: folder of all checkpoints, created if it does not exist; None disables saving.
+        queue: maximum number of waiting calls of a tenant. In total, these calls may have at most
             ``queue * max_tokens`` tokens; a single waiting call may have more.
-        tokenizer: tokenizer that decodes samples. It is only needed if the argument ``stop`` of
-            :meth:`Sampler.sample` contains texts; None otherwise.
+        tokenizer: tokenizer that decodes samples. A tokenizer is only needed if the argument
+            ``stop`` of :meth:`Sampler.sample` contains texts.
         max_adapters: maximum number of adapters that are loaded for sampling at the same time.
     """
 
@@ -94,9 +94,9 @@ class Service:
 
     @property
     def counts(self) -> dict[str, int]:
-        """Counters: ``steps``, ``parts`` in all steps, and ``most``, the most parts in one step.
+        """Counters: ``steps``, ``parts`` in all steps, and ``most``, the parts in the largest step.
 
-        A part is the data of one call in one step.
+        A part is the data of one call that one step computes.
         """
         return dict(self._scheduler.counts)
 
@@ -178,7 +178,7 @@ class Service:
     # For tenants
 
     def sampling(self) -> SamplingModel:
-        """Return the model that all samplers run; the first call creates it."""
+        """Return the model that computes the samples of all samplers; the first call creates it."""
         with self._lock:
             if self._sampling is None:
                 self._sampling = SamplingModel(
@@ -213,7 +213,7 @@ class Tenant:
     """Tenant with one trainable adapter, created by :meth:`Service.create` or :meth:`Service.load`.
 
     The calls of a tenant run in order. ``forward_backward``, ``forward`` and ``optim_step`` return
-    a future without waiting for the result; the other methods do so with ``wait=False``. A future
+    a future without waiting for the result; all other methods do so with ``wait=False``. A future
     cannot be cancelled, because later calls depend on it. :meth:`close` drops all waiting calls.
     """
 
@@ -231,9 +231,10 @@ class Tenant:
     def forward_backward(
         self, data: Sequence[Datum], loss: str = "cross_entropy", config: Any = None
     ) -> Future[Result]:
-        """Compute the gradient of a loss, summed over the data, and add it to the sum of gradients.
+        """Compute the gradient of a loss, summed over the data, and add the gradient to earlier
+        gradients.
 
-        The next :meth:`optim_step` uses the sum of all gradients since the previous one.
+        The next :meth:`optim_step` uses the sum of all gradients since the previous step.
 
         Args:
             data: sequences of at most ``max_tokens`` tokens each.
@@ -243,9 +244,9 @@ class Tenant:
                 for "ppo" and "cispo". None uses the defaults.
 
         Returns:
-            A future of the log-probabilities of the targets, with the loss as metric ``loss:sum``.
-            If the loss or a gradient is not finite, the future raises ValueError, and no gradient
-            of this call is added.
+            A future of a :class:`Result` with the log-probabilities of the targets and the metric
+            ``loss:sum``, the loss. If the loss or a gradient is not finite, the future raises
+            ValueError, and no gradient of this call is added.
 
         Raises:
             ValueError: If an argument is invalid; the message names the field.
@@ -256,7 +257,7 @@ class Tenant:
     def forward(
         self, data: Sequence[Datum], loss: str = "cross_entropy", config: Any = None
     ) -> Future[Result]:
-        """Compute the results of :meth:`forward_backward` without gradients."""
+        """Return the same future as :meth:`forward_backward`, without computing gradients."""
         return self._call("forward", data, loss, config, False)
 
     def _call(self, where: str, data: Any, loss: Any, config: Any, backward: bool) -> Any:
@@ -301,11 +302,11 @@ class Tenant:
         return self._done("optim_step", step, wait=False)
 
     def save(self, path: str | os.PathLike[str], wait: bool = True) -> Any:
-        """Save the adapter, in PEFT's format, and the optimizer state, after all earlier calls.
+        """Save the adapter in PEFT's format, with the optimizer state, after all earlier calls.
 
         Args:
             path: path of the checkpoint, relative to the store; an existing one is replaced.
-            wait: whether to wait until it is saved. False returns a future.
+            wait: whether to wait until the adapter is saved. False returns a future.
 
         Returns:
             ``path``, or a future of it.
@@ -328,7 +329,7 @@ class Tenant:
         """Restore the adapter, and by default the optimizer state, from a checkpoint.
 
         The checkpoint must have the modules, ranks and scales of this adapter. Gradients since the
-        last step are discarded.
+        last optimizer step are discarded.
 
         Args:
             path: path of the checkpoint, relative to the store.
@@ -366,9 +367,9 @@ class Tenant:
         """Return a sampler of the adapter, after all earlier calls.
 
         Args:
-            mode: "snapshot" always samples with a copy of the current values. "inflight" samples
-                with the values after the latest optimizer step; a running sample keeps the values
-                with which it began.
+            mode: "snapshot" always samples with a copy of the adapter's current values. "inflight"
+                samples with the values after the latest optimizer step; a running sample keeps the
+                values with which it began.
             wait: whether to wait for the sampler. False returns a future.
 
         Raises:
@@ -390,7 +391,8 @@ class Tenant:
         return self.service.sampled(f"{self.adapter.name}@{next(self.service._marks)}", kept)
 
     def _follow(self, name: str) -> None:
-        """Copy the current values to adapter ``name`` of the pool; load it if it was evicted."""
+        """Copy the current factors to the pool's adapter ``name``; load the adapter if the pool has
+        evicted it."""
         pool = self.service.sampling().pool
         (pool.update if name in pool else pool.load)(name, self._finite())
 

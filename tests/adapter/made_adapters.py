@@ -65,5 +65,5 @@ def delta(value, name):
 
 
 def parse(**fields):
-    """Parse a PEFT configuration."""
+    """Return the parsed PEFT configuration with these fields."""
     return AdapterConfig.parse({"peft_type": "LORA", **fields}, "config")

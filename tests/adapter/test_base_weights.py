@@ -1,4 +1,4 @@
-"""Base weights in files of adapters, as PEFT saves for adapted heads, must equal the model's."""
+"""PEFT saves the base weight of an adapted head with the adapter; it must equal the model's."""
 
 import copy
 import gc
@@ -75,7 +75,7 @@ def test_equal_base_weight_is_accepted_and_a_changed_one_is_refused(case, strict
 
 @pytest.mark.parametrize("strict", [True, False])
 def test_base_weight_of_a_head_without_adapter_is_compared_too(strict, tmp_path):
-    # PEFT's ``save_embedding_layers=True`` saves embedding and head without ``base_layer``.
+    # With ``save_embedding_layers=True``, PEFT's keys of embedding and head lack ``base_layer``.
     model = small()
     theirs = trained(model, ["q_proj"])
     theirs.save_pretrained(tmp_path, save_embedding_layers=True)
@@ -103,7 +103,7 @@ def test_resized_vocabulary_is_refused_until_the_model_is_resized_too(strict, tm
     ):
         pool_of(model).load("larger", tmp_path, strict=strict)
     model.resize_token_embeddings(70)  # the new rows differ from the trained ones
-    with pytest.raises(ValueError, match=r"the base model.s weight, found different ones"):
+    with pytest.raises(ValueError, match=r"the base model.s weight, found different values"):
         pool_of(model).load("larger", tmp_path, strict=strict)
     tensors = load_file(tmp_path / "adapter_model.safetensors")
     with torch.no_grad():

@@ -121,7 +121,7 @@ def test_offloaded_model_serves_the_same_adapters(offload, tmp_path):
 
 
 # -------------------------------------------------------------------------------------------------
-# Modules whose rows are not those of the batch (routed experts), and modules that are not called
+# Modules whose inputs are not the rows of the batch (routed experts), and modules never called
 
 
 _SMALL = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "vocab_size": 64}
@@ -224,8 +224,8 @@ def test_factors_of_a_module_that_is_not_called_are_never_skipped(strict):
 
 
 class _Reads(nn.Module):
-    """Model that, like Mamba, uses the weight of the layer ``read`` without calling this layer. It
-    calls the layer ``asked``, and also reads the dtype of its weight."""
+    """Model that, like Mamba, uses the weight of the layer ``read`` without calling this layer. The
+    model calls the layer ``asked``, and also reads the dtype of the weight of ``asked``."""
 
     def __init__(self):
         super().__init__()

@@ -23,7 +23,7 @@ def weights(source, *modules: str) -> list[Tensor]:
 
 
 def sharded(folder: Path, index: bool = True, shards: int = 3) -> dict[str, Tensor]:
-    """Save a model's weights in several files, as transformers does."""
+    """Save a model's weights in several files, as transformers does, and return them."""
     tensors = {k: v.clone() for k, v in llama().state_dict().items()}
     placed = {
         k: f"model-{i % shards + 1:05}-of-{shards:05}.safetensors" for i, k in enumerate(tensors)

@@ -349,9 +349,9 @@ def test_errors_name_invalid_arguments(arguments, message):
 
 @pytest.mark.parametrize("dtype", [torch.int64, torch.bool, torch.complex64])
 def test_integer_and_complex_factors_are_refused(dtype):
-    with pytest.raises(TypeError, match="a: expected a floating tensor, found torch"):
+    with pytest.raises(TypeError, match="a: expected a floating-point tensor, found torch"):
         lora_singular_values(A.to(dtype), B)
-    with pytest.raises(TypeError, match="b: expected a floating tensor, found list"):
+    with pytest.raises(TypeError, match="b: expected a floating-point tensor, found list"):
         effective_rank(A, B.tolist())
 
 

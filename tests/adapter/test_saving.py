@@ -49,7 +49,7 @@ def test_full_disk_leaves_the_old_files(limit, tmp_path):
 @pytest.mark.parametrize("existing", [True, False])
 @pytest.mark.parametrize("function", ["fsync", "replace", "link"])
 def test_error_in_any_call_leaves_the_old_files(function, existing, error, tmp_path, monkeypatch):
-    # Let the n-th call of the function fail, for every n up to the number of calls.
+    # Make the n-th call of the function fail, for every n up to the number of calls in one save.
     folder = tmp_path / "there"
     folder.mkdir()
     if existing:

@@ -16,7 +16,7 @@ def test_names_on_the_hub_are_not_downloaded(pool):
     with pytest.raises(
         ValueError,
         match=r"org/name: cannot be opened: expected a directory .*found No such file.*; nothing "
-        r"is downloaded here: huggingface_hub.snapshot_download\('org/name'\) returns a directory",
+        r"is downloaded here: pass the result of huggingface_hub.snapshot_download\('org/name'\)$",
     ):
         pool.load("a", "org/name")
 

@@ -36,7 +36,7 @@ def test_ties_equals_the_result_of_peft(density):
 
 
 def test_dare_equals_the_result_of_peft_for_the_same_seed():
-    # PEFT samples after it initialises the new adapter, so its function is called directly.
+    # PEFT draws random numbers for a new adapter first, so its merging function is called directly.
     _, values = two_adapters()
     weights = [0.7, -1.5]
     merged = merge_adapters(values, weights, "dare", 12, density=0.3, seed=7)

@@ -250,7 +250,7 @@ def test_models_without_a_single_adapter_are_refused():
         LoraAdapter.from_model(wrapped()[0], "blue")
     model, _ = wrapped()
     model.blocks[2] = LoraLinear(model.blocks[2], r=2, use_dora=True)
-    with pytest.raises(ValueError, match=r"use_dora: expected .* every layer.* blocks\.0"):
+    with pytest.raises(ValueError, match=r"use_dora: expected .* all layers.* blocks\.0"):
         LoraAdapter.from_model(model)
 
 

@@ -72,7 +72,7 @@ def test_gate_is_judged_before_the_criterion(slope):
 
 
 def test_failed_gate_makes_the_claim_not_testable_and_stops_the_run(slope, capsys):
-    slope.learns, slope.panels = False, lambda rows: pytest.fail("no row of the claim's seeds")
+    slope.learns, slope.panels = False, lambda rows: pytest.fail("panels was called")
     assert study.run(slope, ["--check"]) == 1
     assert {seed for seed, _ in slope.asked} == {100, 101}  # No judged seed was run.
     found = judged(slope)

@@ -49,7 +49,7 @@ def close(got: torch.Tensor, expected: torch.Tensor, tolerance: float = 1e-10) -
 
 
 def num_values(circuit: Circuit) -> list[int]:
-    """Return the number of values of each variable; for an indicator, its largest plus one."""
+    """Return the number of values of each variable; for an indicator, its largest value plus 1."""
     sizes = [1] * circuit.num_variables
     for i, region in enumerate(circuit.graph.regions):
         if region.leaf is None:

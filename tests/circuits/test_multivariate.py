@@ -115,7 +115,7 @@ def test_mixture_equals_scikit_learn_before_and_after_a_step():
     before = made.log_prob(x).mean()
     assert made.em_step(x, pseudocount=0) == pytest.approx(before.item())
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # It warns that one step does not converge.
+        warnings.simplefilter("ignore")  # scikit-learn warns that one step does not converge.
         peer.fit(x.numpy())
     after = normals(made, 0)
     close(made.weights.detach().softmax(0), torch.from_numpy(peer.weights_))

@@ -60,8 +60,8 @@ def test_marginals_equal_a_mixture_of_conditionals():
 
 
 def test_results_for_correlations_near_one_are_accurate_in_float32():
-    """Check a conditional variance of 1 - 1 / (1 + 1e-6). Computed from a float32 covariance, it
-    would have an error of several percent."""
+    """Check a conditional variance of 1 - 1 / (1 + 1e-6). A result computed from a float32
+    covariance would have an error of several percent."""
     made = Circuit(RegionGraph.cp(2, 1, LEAF))
     with torch.no_grad():
         made.leaves[0]["lower"].fill_(1.0)

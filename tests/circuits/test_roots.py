@@ -39,7 +39,7 @@ def test_queries_without_a_root_raise():
         lambda: circuit.sample(2, x),
         lambda: circuit.sample(2),
     ):
-        message = "root: expected one of 0 .. 2, or one per row, in a circuit of 3 root units"
+        message = "root: expected an index in 0 .. 2, or one index per row, for 3 root units"
         with pytest.raises(ValueError, match=message):
             query()
     for root in (3, -1, 1.5, torch.tensor([0, 3]), torch.tensor([0.0, 1.0]), torch.tensor([0])):
@@ -135,7 +135,7 @@ def test_invalid_roots_and_numbers_of_samples_raise():
     circuit = classes()
     x = assignments(circuit)[:2]
     for root in (True, False, 0.0, "", []):
-        with pytest.raises(ValueError, match=r"log_prob: root: expected one of 0 \.\. 2"):
+        with pytest.raises(ValueError, match=r"log_prob: root: expected an index in 0 \.\. 2"):
             circuit.log_prob(x, root=root)
     for number in (-1, 1.5, True):
         with pytest.raises(ValueError, match="sample: num_samples: expected a whole number"):

@@ -152,8 +152,8 @@ def test_floating_sequences_are_padded_with_nan():
 
 
 def test_parameters_without_data_learn_nothing():
-    """Check that EM keeps the weights of a transition without data, here into the padding, and
-    changes those of a transition with data."""
+    """Check that EM changes the weights of a transition with data, but not the weights of a
+    transition into the padding, which has no data."""
     circuit = circuit_of(RegionGraph.hmm(4, 2, Categorical(3)))
     names = {circuit.graph.label(i): i for i in range(len(circuit.graph.regions))}
     before = circuit.region_weights(names["z3"]).detach().clone()

@@ -10,7 +10,7 @@ ROOT = Path(lora_ext.__file__).parent.parent
 
 
 def as_process(*arguments, **options):
-    """Run a command in a separate process."""
+    """Run a command in a separate process, and return the completed process."""
     return subprocess.run(
         [sys.executable, "-m", "lora_ext", *map(str, arguments)],
         cwd=ROOT,

@@ -229,7 +229,7 @@ def test_missing_direction_is_reported_and_remedies_are_options_of_the_command(
     shutil.rmtree(tmp_path / "out")
     same = ("prune", *of(models), "--num", 0, "--projection", "orthogonal", *out)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # It warns that P is the identity.
+        warnings.simplefilter("ignore")  # The command warns that P is the identity.
         status, text, err = run(*same)
         assert status == 2 and text == "" and "; --allow-degenerate sets all scores to 0" in err
         found = run_json(*same, "--allow-degenerate")

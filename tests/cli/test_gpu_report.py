@@ -156,7 +156,7 @@ def test_timed_call_creates_no_tensor_on_the_host(
 @pytest.mark.emulated
 @pytest.mark.parametrize("case", _gpu_cases.all_cases(), ids=lambda case: case.op)
 def test_timed_case_reads_all_inputs(case: Any, emulated: torch.device) -> None:
-    """Check that the call needs every input: an unread one would raise the minimum time."""
+    """Check that the call reads every input, since the minimum time counts their bytes."""
     given = _gpu_report._inputs(case, 0, emulated)
     for missing in given.keys() - {"mask"}:  # the mask is optional
         with pytest.raises((KeyError, TypeError, ValueError), match=missing):

@@ -310,7 +310,7 @@ SCHEMA = {
 
 
 def holds(value: Any) -> bool:
-    """Return whether a value satisfies the schema, without a constraint."""
+    """Return whether a value satisfies the schema, by a check in plain Python."""
     keys = {"name", "age", "tags", "kind", "size"}
     return (
         {"name", "kind"} <= set(value) <= keys
@@ -345,9 +345,9 @@ def test_random_texts_of_a_schema_are_json_that_satisfies_it() -> None:
         ({"allOf": [{"type": "integer"}, {"type": "number"}]}, "allOf"),
         ({"oneOf": [{"type": "integer"}, {"type": "number"}]}, "oneOf"),
         ({"type": "string", "format": "email"}, "format 'email'"),
-        ({"type": "string", "pattern": "a", "minLength": 3}, "pattern or format beside"),
+        ({"type": "string", "pattern": "a", "minLength": 3}, "pattern or format together with"),
         ({"type": "string", "pattern": ".*"}, "only match the inside of a JSON string"),
-        ({"anyOf": [{"type": "integer"}], "minimum": 1}, "minimum beside anyOf"),
+        ({"anyOf": [{"type": "integer"}], "minimum": 1}, "minimum together with anyOf"),
         ({"$ref": "#"}, "a recursive reference"),
         ({}, "no type"),
         ({"type": "object"}, "an object without properties"),

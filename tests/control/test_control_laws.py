@@ -161,8 +161,8 @@ def test_token_that_is_impossible_for_the_guide_can_still_satisfy_the_constraint
 
 
 def test_float32_guide_keeps_allowed_tokens_through_a_long_budget() -> None:
-    """Check 300 tokens, each of which satisfies the constraint with probability 0.001 under the
-    guide."""
+    """Check a text of 299 tokens and an end token. The guide gives each required token probability
+    0.001."""
     emission = torch.tensor([[0.001, 0.9989, 1e-4], [0.001, 0.9989, 1e-4]])
     whole = Guide(torch.tensor([0.5, 0.5]), torch.full((2, 2), 0.5), emission)
     zeros = Constraint.from_edges([(s, 0, s + 1) for s in range(299)], 0, {299}, 3, 2)

@@ -17,7 +17,7 @@ from lora_ext.control import Constraint, ConstraintProcessor, Row, advance, plan
 
 
 class Bits:
-    """Matcher of the toy language with xgrammar's interface. It counts the tokens that it reads."""
+    """Matcher of the toy language with xgrammar's interface, which counts the tokens it reads."""
 
     def __init__(self) -> None:
         self.states, self.read = [0], 0

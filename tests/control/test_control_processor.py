@@ -110,7 +110,7 @@ def test_greedy_and_beams_satisfy_the_constraint_and_beams_are_at_least_as_likel
 
 
 def test_beams_have_the_automaton_states_of_the_rows_that_they_continue() -> None:
-    """Compare the scores of each beam with those of a new processor for its tokens alone."""
+    """Compare the scores of each beam with those of a new processor for the beam's tokens."""
 
     class Watched(ConstraintProcessor):
         def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:

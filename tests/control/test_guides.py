@@ -159,7 +159,7 @@ def test_distilled_guide_is_better_than_one_state_and_reports_its_measures() -> 
     assert nats[1] < nats[0] - 0.5
     model_nats = many.measures["model_nats"]
     assert nats[1] - model_nats < 0.2 * (nats[0] - model_nats)
-    assert {d for d, _ in said} == {"texts", "clusters", "laws", "EM steps", "prior"}
+    assert {d for d, _ in said} == {"texts", "clusters", "emissions", "EM steps", "prior"}
     # The prior head depends on the position in the text, unlike the initial distribution of the
     # guide.
     assert many.prior is not None and many.prior.shape == (12, 16)

@@ -19,7 +19,7 @@ HERE = Path(__file__).resolve().parent
 
 
 def headers() -> str:
-    """Return the header folders of NVIDIA's wheels, or "", with which CMake uses the toolkit's."""
+    """Return the header folders of NVIDIA's wheels, or "", for which CMake searches a toolkit."""
     setup = module_of(HERE.parents[1] / "setup.py", "lora_ext_setup")
     with pytest.MonkeyPatch.context() as patch, contextlib.suppress(SystemExit):
         patch.setattr(setup, "find_nvcc", lambda: None)
@@ -59,10 +59,10 @@ def sanitized_kernels() -> Path:
 
 @pytest.fixture(scope="session")
 def build_with_mistakes() -> Callable[[dict[str, dict[str, str]]], dict[tuple[str, str], Emulator]]:
-    """Build the libraries of ``overlap``, once as they are and once per mistake.
+    """Return a function that builds the libraries of ``overlap``, once without and once with each
+    mistake.
 
-    A mistake, whose name begins with ``shrink`` or ``expand``, replaces texts of that kernel.
-    """
+    A mistake replaces texts of the kernel with which its name begins, ``shrink`` or ``expand``."""
 
     def plant(mistakes: dict[str, dict[str, str]]) -> dict[tuple[str, str], Emulator]:
         folder = HERE.parents[1] / "build" / "emu-tests" / "planted"

@@ -5,8 +5,8 @@ import pytest
 
 pytestmark = pytest.mark.slow
 
-# For each mistake, the check that must report it, and checks that may report it in some thread
-# orders.
+# For each mistake, the check that must report it, and other checks that may report it in some
+# thread orders.
 GUARDS = {
     "wait_one_fewer": "asynchrony",
     "no_barrier_after_wait": "race initialisation asynchrony",

@@ -14,7 +14,7 @@ def test_emulator_builds_with_the_headers_of_the_wheels_alone(build_folder: Path
     wheels = module_of(ROOT / "setup.py", "lora_ext_setup").nvidia_wheels("*/include")
     ends = ("/cuda_bf16.h", "/nv/target")
     if not all(any(folder.rglob(end[1:]) for folder in wheels) for end in ends):
-        pytest.skip("pip install nvidia-cuda-runtime nvidia-cuda-crt nvidia-cuda-cccl")
+        pytest.skip("needs the wheels nvidia-cuda-runtime, nvidia-cuda-crt and nvidia-cuda-cccl")
     listing = [shutil.which("ninja") or "ninja", "-C", str(build_folder), "-t", "deps"]
     read = subprocess.run(listing, capture_output=True, text=True, check=True).stdout.split()
     cuda = {(build_folder / name).resolve() for name in read if name.endswith(ends)}

@@ -173,7 +173,7 @@ def test_bits_and_conversions_equal_the_formula(emulator):
 
 
 def check_exponentials(found: np.ndarray) -> None:
-    """Compare with float64, for two roundings of x log2(e) and two ulp of the exponential."""
+    """Check that errors against float64 are at most two roundings of x log2(e) and two ulp."""
     x = golden_input()[:512].view(np.int32).astype(np.float32).astype(float) * 2.0**-24
     exact, tiny = np.exp(x), 2.0**-126
     bound = exact * (1.23 * np.abs(x) + 4) * 2.0**-24

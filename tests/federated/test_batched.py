@@ -90,7 +90,7 @@ def test_client_that_fails_in_its_last_step_changes_no_bit_of_others():
         assert same_bits(dict(found[i].tensors), dict(good[i].tensors))
     result = aggregate(state, found)
     assert result.accepted == (1, 3, 4)
-    assert "found one marked as failed" in result.rejected["b"]
+    assert "found a failed update" in result.rejected["b"]
 
 
 def test_client_that_fails_early_does_not_change_others():

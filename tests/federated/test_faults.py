@@ -17,7 +17,7 @@ A0, B0 = key(0, "A"), key(0, "B")
 
 
 def changed(**tensors: Any) -> Update:
-    """Return a reply of client 7 in which ``tensors`` replace others; None removes a tensor."""
+    """Return a reply of client 7 with ``tensors`` instead of its own; None removes a tensor."""
     bad = make_update(7)
     found = {**bad.tensors, **{k.replace("__", "."): v for k, v in tensors.items()}}
     return dataclasses.replace(bad, tensors={k: v for k, v in found.items() if v is not None})
@@ -40,7 +40,7 @@ NOT_FINITE[1, 2] = math.inf
 FAULTS = {
     "failed": (
         dataclasses.replace(make_update(7), failed=True),
-        "reply: expected a trained update, found one marked as failed",
+        "reply: expected a trained update, found a failed update",
     ),
     "nested": (
         with_tensor(A0, torch.nested.nested_tensor([torch.ones(5), torch.ones(2)])),
@@ -232,7 +232,7 @@ def test_equal_replies_of_a_client_count_once_and_different_ones_are_rejected():
     for pair in ([make_update(7), other], [other, make_update(7)]):
         found = aggregate(state, [*pair, GOOD])
         assert found.rejected == {
-            7: "client 7: reply: expected one reply, or several equal ones, found two that differ"
+            7: "client 7: reply: expected one reply, or equal replies, found two that differ"
         }
         assert same_bits(found.state, aggregate(state, [GOOD]).state)
     values = make_update(7)
@@ -265,7 +265,7 @@ def test_values_outside_the_range_of_the_state_are_rejected():
     heavy = dataclasses.replace(wild, num_examples=2**53)
     assert not aggregate(make_state(), [heavy, GOOD]).skipped
     skipped = aggregate(make_state(), [wild, GOOD], rank_agg="svd")
-    assert skipped.reason.startswith("layers.0.q: expected products of a finite norm, found")
+    assert skipped.reason.startswith("layers.0.q: expected products with a finite norm, found")
 
 
 def test_updates_of_other_types_are_refused():

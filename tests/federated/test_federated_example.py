@@ -1,4 +1,4 @@
-"""Run examples/federated.py with its smallest sizes: eight clients, four layers of a real model."""
+"""Run examples/federated.py with its smallest sizes: eight clients, four layers of SmolLM2."""
 
 from __future__ import annotations
 

@@ -139,7 +139,7 @@ def test_masked_sums_equal_the_covered_mean(allocator, weighted_by):
 MASKED_FAULTS = {
     "too heavy": (
         ("layers.2.rank_weights", lambda v: v * 2),
-        "layers.2.rank_weights: expected 6 for 3 ranks, and zeros for the others",
+        "layers.2.rank_weights: expected 6 for 3 ranks, and zeros for all other ranks",
     ),
     "outside the plan": (
         ("base_model.model.layers.0.lora_A.weight", lambda v: v + 1),

@@ -329,7 +329,7 @@ def test_merged_and_inactive_adapters_are_refused():
     with pytest.raises(ValueError, match=r"expected 'other' to be active, found .'default'"):
         LoraLayerManager(model, adapter="other").apply(LayerPlan((1,)))
     next(iter(adapted_layers(model).values())).merge()
-    with pytest.raises(ValueError, match="an adapter that is not merged, found a merged one"):
+    with pytest.raises(ValueError, match="an adapter that is not merged, found a merged adapter"):
         LoraLayerManager(model).apply(LayerPlan((1,)))
 
 

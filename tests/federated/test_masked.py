@@ -1,4 +1,4 @@
-"""Sums of masked updates, divided by the weights, equal the mean over the covering clients."""
+"""Sums of masked updates, divided by the weights, equal the mean of clients with the layer."""
 
 from __future__ import annotations
 

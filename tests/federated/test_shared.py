@@ -302,7 +302,7 @@ def of_the_model_itself() -> nn.Module:
             Classifier,
             "weight",
             UnsupportedModule,
-            "layers.0.base_layer.weight: expected a parameter outside the layers, found one of",
+            "layers.0.base_layer.weight: expected a parameter outside the layers, found it in",
         ),
         (tied, "head", UnsupportedModule, r"head.weight: .*, found one tied to \['other.weight'\]"),
         (

@@ -30,7 +30,7 @@ ROWS = 8  # rows of the first step, summed over the four clients
 
 
 def trained(model: nn.Module, clients, plans, state, **options) -> list[Update]:
-    """Run a round with warnings as errors: the staircase warns if it cannot split a block."""
+    """Return a round's updates; a warning that the staircase cannot split a block is an error."""
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         return BatchedClients(model, clients, **options).run_round(plans, state)
@@ -243,13 +243,13 @@ def test_blocks_that_cannot_be_split_run_whole_with_a_warning(run, compute, foun
     model, state, clients = of_stack(run, compute)
     with pytest.warns(UserWarning, match=f"^BatchedClients: staircase: .*{found}") as caught:
         updates = BatchedClients(model, clients).run_round(PLANS, state)
-    assert len(caught) == 1  # It warns only in the first step of a round.
+    assert len(caught) == 1  # The staircase warns only in the first step of a round.
     check_equal(model, clients, updates)
 
 
 def test_blocks_that_write_into_their_inputs_run_whole():
     model, state, clients = of_stack(in_order, writes=True)
-    with pytest.warns(UserWarning, match="error: a block changes an argument of shape"):
+    with pytest.warns(UserWarning, match="rows: a block changes an argument of shape"):
         updates = BatchedClients(model, clients).run_round(PLANS, state)
     check_equal(model, clients, updates)
 

@@ -45,7 +45,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
 def make_mixture(family: str, implementation: str = "eager") -> Any:
     """Return a model with the same weights at every call.
 
-    They are large enough that adapters change its tokens and the routing.
+    The weights are large enough that adapters change tokens and routing.
     """
     torch.manual_seed(0)
     model = FAMILIES[family]().eval()

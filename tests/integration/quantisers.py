@@ -16,7 +16,7 @@ TARGETS = ["q_proj", "v_proj", "gate_proj", "down_proj"]
 
 
 def need(package: str) -> None:
-    """Skip the test without a package, but fail in the environment of tools/lowest_check.py."""
+    """Skip the test if a package is missing; fail instead if tools/lowest_check.py runs it."""
     try:
         found = importlib.util.find_spec(package) is not None
     except ModuleNotFoundError:

@@ -127,7 +127,7 @@ def test_forwards_with_a_cache_equal_the_whole_forward_of_peft(pair: Any) -> Non
         model(ids[:, 12:19], **cache)
         torch.testing.assert_close(model(ids[:, 19:], **cache).logits[:, -1], whole, **close)
     with lora_ext.adapters("act"):
-        with pytest.raises(ValueError, match=r"starts: .*'act'.*over a cache of 19 tokens"):
+        with pytest.raises(ValueError, match=r"starts: .*'act'.*continues a cache of 19 tokens"):
             model(ids[:, 19:], **read_by_base(19))
         with pytest.raises(ValueError, match=r"starts: expected .*without input_ids"):
             model(inputs_embeds=model.get_input_embeddings()(ids))

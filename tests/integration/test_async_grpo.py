@@ -20,7 +20,7 @@ pytestmark = [needs_packages, needs(*packages), pytest.mark.slow]
 def test_trl_trains_an_adapter_while_another_one_answers(
     server: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # TRL would take tests/vllm for the package. The trainer's child imports the rewards.
+    # TRL would mistake tests/vllm for the package vllm. A child process imports from examples/.
     tests = str(Path(__file__).parents[1])
     path = [str(ROOT / "examples"), *(each for each in sys.path if each != tests)]
     monkeypatch.setattr(sys, "path", path)
@@ -56,8 +56,9 @@ def test_trl_trains_an_adapter_while_another_one_answers(
     assert len(lines) == 10
     fresh = [line["ratio"] for line in lines if line["sample/staleness_max"] == 0]
     assert fresh[0] == lines[0]["ratio"]
-    # A stale answer is one of an older version of the adapter, so its ratio is not 1.
-    assert all(abs(ratio - 1) < 1e-4 for ratio in fresh)
+    # TRL computes the staleness when it fetches a batch. accelerate fetches one before the previous
+    # step, so later answers may be of an older version than stated, and their ratio then is not 1.
+    assert abs(fresh[0] - 1) < 1e-4
     assert all(line["grad_norm"] > 0 and 0 < line["reward"] < 1 for line in lines)
     assert len(answers) > 10 and set(answers) == {expected}
     served = [name for name in server.engine.pool.names if name.startswith("trl-policy")]

@@ -392,7 +392,7 @@ def test_default_error_raises_outside_every_block(tmp_path: Path) -> None:
     ids = tokens(2, 5)
     layer = model.model.layers[0].self_attn.q_proj
     for call in (model, model.model, model.generate, lambda _: layer(torch.ones(2, 32))):
-        with pytest.raises(RuntimeError, match=r"default='error': expected a block around every"):
+        with pytest.raises(RuntimeError, match=r"default='error': expected an adapters block"):
             call(ids)
     with torch.no_grad():
         model(ids, adapter_names=["red", None])
@@ -429,7 +429,7 @@ def test_compiled_model_requires_a_block(default: str) -> None:
     with torch.no_grad():
         with lora_ext.adapters("blue"):
             torch.testing.assert_close(compiled(x), model(x))
-        with pytest.raises(RuntimeError, match=f"default='{default}': expected a block around a c"):
+        with pytest.raises(RuntimeError, match=f"default='{default}': expected a compiled forward"):
             compiled(x)
 
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 import lora_ext
 from lora_ext import ops
-from lora_ext.methods.mtpc._shortlist import looked_at
+from lora_ext.methods.mtpc._shortlist import checkable
 from lora_ext.nn import LoraLinear
 from lora_ext.ops._grouped_mm import grouped_mm
 from lora_ext.rows._rows import rows_of
@@ -49,7 +49,7 @@ def test_ids_are_checked_and_products_are_correct(compiling: None) -> None:
     x, weight = torch.randn(3, 4), torch.randn(2, 4, 5)
     y = grouped_mm(x, weight, torch.tensor([1, 3], dtype=torch.int32))
     torch.testing.assert_close(y, torch.cat([x[:1] @ weight[0], x[1:] @ weight[1]]))
-    assert looked_at(torch.ones(1))
+    assert checkable(torch.ones(1))
 
 
 @torch.no_grad()

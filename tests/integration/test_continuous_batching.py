@@ -466,7 +466,7 @@ def test_two_managers_on_one_model_are_correct_and_leave_it_unchanged() -> None:
 
 @pytest.mark.slow
 def test_paged_attention_outside_a_manager_raises() -> None:
-    """Check that it raises: without a mask, each token would attend to the whole sequence."""
+    """Check the error, since without a mask each token would attend to the whole sequence."""
     model, pool = attached(slots=2)
     model.set_attn_implementation("eager")
     ids = tokens(1, 6)

@@ -101,6 +101,14 @@ def test_adapters_of_one_both_and_no_parameter_share_a_batch() -> None:
         assert (theirs[row] - mixed[4]).abs().max() > 0.5
 
 
+def test_float8_pages_refuse_experts_by_name() -> None:
+    model = make_mixture("gpt_oss")
+    pool = lora_ext.AdapterPool(model, max_slots=1, max_rank=8, dtype=torch.float8_e4m3fn)
+    message = r"experts\.\w+: expected an ordinary adapter in pages of .*, found 4 experts"
+    with pytest.raises(NotImplementedError, match=message):
+        pool.load("red", make_peft(model, {"red": {"r": 4}}))
+
+
 @torch.no_grad()
 def test_evicted_adapter_is_restored(tmp_path: Path) -> None:
     model, _ = served("qwen3", tmp_path)
@@ -138,7 +146,7 @@ def test_default_and_names_per_token_reach_the_experts(tmp_path: Path) -> None:
     lora_ext.attach(lora_ext.detach(model), pool, default="green")
     assert (model(ids).logits - alone(reference, "green", ids)).abs().max() < CLOSE
     lora_ext.attach(lora_ext.detach(model), pool, default="error")
-    with pytest.raises(RuntimeError, match="expected a block around every forward"):
+    with pytest.raises(RuntimeError, match="expected an adapters block around every forward"):
         model(ids)
 
 

@@ -99,7 +99,7 @@ def test_adapters_per_row_train_as_in_separate_runs(family: str, checkpointing: 
 
 
 def test_adapter_names_raise_the_error_of_peft_if_peft_runs_the_experts() -> None:
-    """Check an experts module with a hook: PEFT runs it, without support for adapters per row."""
+    """Check experts with a hook: PEFT runs such a module, and does not support adapters per row."""
     _, ours = pair("mixtral")
     experts = ours.base_model.model.model.layers[0].mlp.experts.get_base_layer()
     handle = experts.register_forward_hook(lambda *_: None)
@@ -213,7 +213,7 @@ def test_parameters_that_are_not_experts_stay_with_peft() -> None:
     theirs, ours = pair("qwen3", {"red": fields})
     found = report(ours)
     assert {name.rpartition(".")[2] for name in found.left} == {"gate"}
-    assert all("not a floating matrix of routed experts" in why for why in found.left.values())
+    assert all("is not a floating-point matrix" in why for why in found.left.values())
     assert len(found.taken) == 4
     assert_close(step(ours, logits), step(theirs, logits))
     assert_same_gradients(ours, gradients(theirs), moved=8)

@@ -157,7 +157,7 @@ def test_encoder_decoders_equal_the_merged_models(family: str) -> None:
 
 
 def test_adapter_on_dt_proj_of_mamba_raises() -> None:
-    """Check ``dt_proj``: Mamba reads its weight without calling it, so adapters have no effect."""
+    """Check ``dt_proj``: Mamba reads its weight without a call, so an adapter would do nothing."""
     model: Any = make(DECODERS["mamba"])
     pool = lora_ext.AdapterPool(model, max_slots=1, max_rank=4)
     spec = pool.index.linear["backbone.layers.0.mixer.dt_proj"]

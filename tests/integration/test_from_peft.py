@@ -1,7 +1,7 @@
 """from_peft compared with PEFT in float64, in which they may differ by a few roundings only."""
 
 import copy
-import warnings
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -29,9 +29,8 @@ from lora_ext.interop.peft import report, to_peft
 from lora_ext.interop.peft._layers import FusedLinear
 from lora_ext.nn import pack_linears, packed_bytes
 
-checkpointings = pytest.mark.parametrize(
-    "checkpointing", [None, False, True], ids=["plain", "new", "reentrant"]
-)
+ids = ["plain", "new", "reentrant"]
+checkpointings = pytest.mark.parametrize("checkpointing", [None, False, True], ids=ids)
 NAMES = ["red", "green", "__base__", "blue", "green"]
 
 
@@ -141,8 +140,7 @@ def test_names_in_training_give_the_gradients_of_separate_runs(
         found = gradients(ours)
         for key, gradient in gradients(theirs).items():
             if f".{name}." in key:
-                got = found[key]
-                assert_close(got, gradient, key)
+                assert_close(found[key], gradient, key)
 
 
 def test_adapters_without_rows_get_no_gradient_and_two_forwards_keep_their_names() -> None:
@@ -176,9 +174,7 @@ def test_forwards_without_and_then_with_names_equal_peft(checkpointing: bool | N
 
 
 @checkpointings
-def test_peft_layers_in_a_checkpointed_block_keep_the_names(
-    checkpointing: bool | None,
-) -> None:
+def test_peft_layers_in_a_checkpointed_block_keep_the_names(checkpointing: bool | None) -> None:
     """Check a layer in ``modules_to_save`` and an unsupported layer, inside checkpointed blocks."""
     fields = {"r": 4, "target_modules": ["q_proj", "v_proj"], "modules_to_save": ["up_proj"]}
     theirs = make_peft(make_model("llama"), {"red": fields, "green": fields}).double()
@@ -190,7 +186,7 @@ def test_peft_layers_in_a_checkpointed_block_keep_the_names(
         layer.self_attn.v_proj.__class__ = type("Other", (PeftLinear,), {})
     ours = lora_ext.from_peft(copy.deepcopy(theirs)).train()
     checkpointed(ours, checkpointing)
-    names = ["red", "green", "__base__", "green", "red"]
+    names, layers = ["red", "green", "__base__", "green", "red"], ours.base_model.model.model.layers
     for model in (ours, theirs.eval()):
         for name, parameter in model.named_parameters():
             parameter.requires_grad_("lora_" in name or ".modules_to_save." in name)
@@ -198,14 +194,8 @@ def test_peft_layers_in_a_checkpointed_block_keep_the_names(
         values = [step(m, lambda m: logits(m, adapter_names=names)) for m in (ours, theirs)]
         assert_close(*values)
         assert_same_gradients(ours, gradients(theirs))
-        assert (
-            ours.base_model.model.model.layers[0]
-            .mlp.up_proj.modules_to_save["green"]
-            .weight.grad.any()
-        )
-    assert not any(
-        m._forward_pre_hooks for m in to_peft(ours.base_model.model.model.layers).modules()
-    )
+        assert layers[0].mlp.up_proj.modules_to_save["green"].weight.grad.any()
+    assert not any(m._forward_pre_hooks for m in to_peft(layers).modules())
 
 
 class Checkpointed(nn.Module):
@@ -294,12 +284,11 @@ def test_wrong_names_and_names_of_merged_adapters_raise_and_leave_no_hooks() -> 
         logits(ours, adapter_names=NAMES)
 
 
+@pytest.mark.filterwarnings("ignore")  # PEFT warns about tied embeddings.
 def test_embeddings_stay_with_peft_and_other_models_raise() -> None:
     torch.manual_seed(0)
     configs = {"red": {"r": 4, "target_modules": ["q_proj", "embed_tokens"]}}
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # PEFT warns about tied embeddings.
-        theirs: Any = make_peft(make_model("llama"), configs).double()
+    theirs: Any = make_peft(make_model("llama"), configs).double()
     ours: Any = lora_ext.from_peft(copy.deepcopy(theirs))
     (reason,) = report(ours).left.values()
     assert "Embedding" in reason
@@ -309,6 +298,19 @@ def test_embeddings_stay_with_peft_and_other_models_raise() -> None:
         lora_ext.from_peft("red")  # pyright: ignore[reportArgumentType]  # the error under test
     with pytest.raises(ValueError, match="expected layers with LoRA adapters, found none"):
         lora_ext.from_peft(make_model("llama"))
+
+
+@pytest.mark.parametrize("kind", [LoraConfig, peft.LoHaConfig])
+@pytest.mark.parametrize("part", ["down_proj.base_layer.weight", r"(?i)down_proj\.\w+_a\b"])
+def test_float8_factors_and_plain_base_weights_are_refused(kind: Any, part: str) -> None:
+    model = get_peft_model(make_model("llama"), kind(r=4, target_modules=["q_proj", "down_proj"]))
+    for name, parameter in model.named_parameters():
+        if re.search(part, name):
+            parameter.data = parameter.data.to(torch.float8_e4m3fn)
+    kinds = [type(module) for module in model.modules()]
+    with pytest.raises(ValueError, match=r"from_peft: .*: .*, found torch.float8_e4m3fn"):
+        lora_ext.from_peft(model)
+    assert [type(module) for module in model.modules()] == kinds
 
 
 def merge_and_unmerge(model: Any) -> Any:

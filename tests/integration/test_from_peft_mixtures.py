@@ -130,7 +130,7 @@ def test_what_cannot_be_mixed_is_refused_by_name() -> None:
     [
         ("Conv2d", "adapter_names: 'red': .*it has a Conv2d"),
         ("Embedding", "adapter_names: 'red': .*it has a Embedding"),
-        ("experts", r"names: expected one .* row of experts .*found \('red', "),
+        ("experts", r"names: expected one .* for each row, found \('red', "),
     ],
 )
 def test_convolutions_embeddings_and_experts_refuse_mixtures(kind: str, message: str) -> None:

@@ -94,7 +94,7 @@ def test_names_of_tokens_and_copies_of_models_with_tokens_first(family: str, len
 
 @pytest.mark.slow
 def test_compiled_model_that_flattens_its_batch_accepts_names() -> None:
-    """Check that a graph looks up its rows as it runs, and keeps the model's input."""
+    """Check that a graph reads the block's rows at run time, for any shape of the model's input."""
     model = attached(FLATTENING["opt"])
     compiled = torch.compile(model, backend="aot_eager")
     with torch.no_grad():

@@ -1,4 +1,4 @@
-"""Layers with tokens first, with one adapter per row by every interface except the pool.
+"""Layers with the input layout (tokens, sequences): adapters per row without a pool.
 
 Tests include batches with equal numbers of sequences and tokens, whose shape is ambiguous.
 """
@@ -142,9 +142,9 @@ def test_coalition_masks_reach_their_rows(family: str, kind: str, length: int) -
 @pytest.mark.parametrize("family", TARGETS)
 @pytest.mark.parametrize("lengths", [(4, 4), (4, 3), (6, 6)])
 def test_clients_train_their_own_rows(family: str, lengths: tuple[int, int]) -> None:
-    """Check two clients, each with two sequences of the length given for it in ``lengths``.
+    """Check two clients, each with two sequences; ``lengths`` has one length per client.
 
-    One client trains only the last layer, so the graph need not contain its rows below that layer.
+    One client trains only the last layer. Below that layer, the graph need not contain its rows.
     """
     torch.manual_seed(0)
     model: Any = TOKENS_FIRST[family]().eval()

@@ -209,7 +209,7 @@ def test_ambiguous_batch_needs_one_name() -> None:
             assert (same - judges["red"](**whole).logits).abs().max() < 1e-8
         with lora_ext.adapters(NAMES):
             with pytest.raises(
-                ValueError, match=r"determine which one contains each image.* at 'model.vision"
+                ValueError, match=r"which sequence contains each image.* at 'model.vision"
             ):
                 model(**whole)
 

@@ -254,7 +254,7 @@ def test_embedder_takes_mixtures(tmp_path: Path) -> None:
 
 
 def merged_experts(root: Path, weights: dict[str, float], pool: Any) -> Any:
-    """Return the weighted sum of adapters of experts: their ranks one after the other."""
+    """Return the weighted sum of adapters of experts, with the ranks of all adapters in a row."""
     configs = {n: json.loads((root / n / "adapter_config.json").read_text()) for n in weights}
     states = {n: load_file(root / n / "adapter_model.safetensors") for n in weights}
     merged, first = {}, next(iter(weights))

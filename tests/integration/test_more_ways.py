@@ -90,7 +90,7 @@ def test_classification_pipelines_use_blocks_and_reject_names(tmp_path: Path) ->
                 pipe(TEXTS, batch_size=size)
     assert scores(pipe(TEXTS)) != pytest.approx(alone, abs=1e-3)
     for given in (TEXTS, TEXTS[0]):
-        with pytest.raises(ValueError, match="adapter_names: expected a block around the pipeline"):
+        with pytest.raises(ValueError, match="adapter_names: expected `with"):
             pipe(given, batch_size=3, adapter_names=NAMES)
 
 
@@ -121,7 +121,7 @@ def test_iterator_of_a_pipeline_must_be_read_inside_the_block(tmp_path: Path) ->
             assert scores(pipe(texts())) == pytest.approx(base, abs=1e-6)
             lazy = pipe(texts())
         assert scores(lazy) == pytest.approx(base, abs=1e-6)
-    with pytest.raises(ValueError, match="adapter_names: expected a block around the pipeline"):
+    with pytest.raises(ValueError, match="adapter_names: expected `with"):
         scores(pipe(texts(), adapter_names=NAMES))
 
 

@@ -310,7 +310,7 @@ def test_metrics_are_prometheus_text(server: Any) -> None:
     assert set(kinds.values()) == {"counter", "gauge"}
     assert kinds["lora_ext_tokens_total"] == kinds["lora_ext_pool_loads"] == "counter"
     assert kinds["lora_ext_requests"] == kinds["lora_ext_pool_pages"] == "gauge"
-    # Prometheus keeps the suffix for counters.
+    # Prometheus reserves the suffix `_total` for counters.
     assert all(kind == "counter" for name, kind in kinds.items() if name.endswith("_total"))
     assert all(value >= 0 for value in found.values())
     assert found["lora_ext_tokens_total"] >= 8
@@ -338,7 +338,7 @@ def test_unknown_routes_return_the_error_of_openai(
 
 
 def test_server_listens_on_loopback_and_reports_failed_health(server: Any) -> None:
-    """Check the health last, because it ends the manager's thread."""
+    """Check the health last, because this check ends the manager's thread."""
     packed, answers = server.said
     assert packed.startswith("the base model is") and packed.endswith("--no-pack disables packing")
     assert answers.startswith("tiny with 17 adapters answers at http://127.0.0.1:")

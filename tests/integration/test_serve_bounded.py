@@ -214,26 +214,28 @@ def test_load_without_room_on_device_or_host_is_refused(folder: Path) -> None:
     engine.folder.load("a14")
 
 
+def test_float8_adapters_answer_over_http(tmp_path: Path) -> None:
+    with serving(tmp_path, max_rank=32, lora_dtype="float8_e4m3fn") as server:
+        for name in ("a0", "a15"):
+            assert text_of(ask(server, name)) == by_generate(server, name, WORDS, 8)
+        pages = server.engine.pool.modules["model.layers.0.self_attn.q_proj"].a_pages
+        assert pages.dtype == torch.float8_e4m3fn
+
+
 def test_settings_name_the_flag_of_an_invalid_limit(folder: Path) -> None:
     cases: list[tuple[str, Any, str]] = [
         ("max_loaded_bytes", 0, "at least 1, found 0"),
         ("max_loaded_bytes", 1.5, "an integer, at least 1, found 1.5"),
         ("host_cache_bytes", -1, "at least 0, found -1"),
         ("max_wait_s", -1.0, "a number from 0, found -1.0"),
+        ("lora_dtype", "float8", "one of .*'auto', 'float8_e4m3fn'.*, found 'float8'"),
+        ("lora_dtype", "float8_e4m3fn", "auto with --exact, found 'float8_e4m3fn'"),
     ]
     for name, wrong, expected in cases:
         flag = f"--{name.replace('_', '-')}: expected {expected}"
         with pytest.raises(ValueError, match=flag):
-            Settings(folder / "tiny", folder / "adapters", **{name: wrong}).check()
-
-
-class Clock:
-    """Clock that a test sets."""
-
-    now = 0.0
-
-    def __call__(self) -> float:
-        return self.now
+            own = {"exact": "--exact" in expected, name: wrong}
+            Settings(folder / "tiny", folder / "adapters", **own).check()
 
 
 def order_of(max_wait_s: float, late: float) -> list[str]:
@@ -241,9 +243,9 @@ def order_of(max_wait_s: float, late: float) -> list[str]:
 
     The first one keeps its room until time ``late``, when the last two arrive.
     """
-    turns, clock, full = Turns(max_wait_s), Clock(), {"a"}
+    turns, clock, full = Turns(max_wait_s), SimpleNamespace(now=0.0), {"a"}
     order: list[str] = []
-    turns._clock = clock
+    turns._clock = lambda: clock.now
 
     async def request(name: str | None, tag: str) -> None:
         with turns.take(name) as turn:
@@ -284,8 +286,8 @@ def test_later_requests_overtake_only_until_the_limit() -> None:
 @pytest.mark.parametrize("max_wait_s", [3.0, 1e9])
 def test_stream_of_other_requests_starves_no_adapter(folder: Path, max_wait_s: float) -> None:
     limits = {"max_loaded_bytes": room_of(folder, 2), "max_wait_s": max_wait_s, "context": 2000}
-    engine, clock = engine_of(folder, **limits), Clock()
-    engine._turns._clock = clock
+    engine, clock = engine_of(folder, **limits), SimpleNamespace(now=0.0)
+    engine._turns._clock = lambda: clock.now
     prompt, order = [{"role": "user", "content": WORDS}], []
 
     async def begin(name: str, tag: str) -> Any:
@@ -365,8 +367,7 @@ print(held() - start, pool.stats()["cache_bytes"] - before)
 
 @pytest.mark.slow
 def test_copies_of_evicted_adapters_leave_no_gaps_in_memory() -> None:
-    run = subprocess.run(
-        [sys.executable, "-c", HOST_COPIES], capture_output=True, text=True, check=True
-    )
+    command = [sys.executable, "-c", HOST_COPIES]
+    run = subprocess.run(command, capture_output=True, text=True, check=True)
     grown, copies = map(int, run.stdout.split())
     assert copies > 2**28 and grown < 1.05 * copies

@@ -31,7 +31,7 @@ ORIGIN = "https://page.example"
 
 
 def save_embedder(folder: Path, mode: str | None) -> Any:
-    """Save a tiny random Llama without a head, with sentence-transformers' pooling files."""
+    """Save a tiny Llama without a head, adapters and pooling files, and return the model."""
     from transformers import AutoModel
 
     save_model(folder)
@@ -40,10 +40,8 @@ def save_embedder(folder: Path, mode: str | None) -> Any:
     config = {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "down_proj"]}
     for name in ("x", "y"):
         torch.manual_seed(ord(name))
-        adapted = peft.get_peft_model(
-            AutoModel.from_pretrained(folder / "tiny"),
-            peft.LoraConfig(**config, init_lora_weights=False),
-        )
+        base = AutoModel.from_pretrained(folder / "tiny")
+        adapted = peft.get_peft_model(base, peft.LoraConfig(**config, init_lora_weights=False))
         adapted.save_pretrained(folder / "embedders" / name)
     if mode is not None:
         save_pooling(folder / "tiny", mode)
@@ -136,7 +134,7 @@ def test_mixtures_equal_the_concatenated_adapters_of_peft(server: Any) -> None:
     base = AutoModel.from_pretrained(server.folder / "tiny").eval()
     model: Any = peft.PeftModel.from_pretrained(base, server.folder / "embedders" / "x", "x")
     model.load_adapter(server.folder / "embedders" / "y", "y")
-    # PEFT multiplies both factors with the roots of weights, which must not be negative.
+    # PEFT multiplies both factors by the roots of weights, which must not be negative.
     for name, value in model.named_parameters():
         if ".lora_B.y." in name:
             value.data.neg_()
@@ -213,9 +211,8 @@ def test_files_of_sentence_transformers_are_used_or_rejected(tmp_path: Path) -> 
 def test_scripts_of_an_allowed_page_are_accepted(server: Any) -> None:
     wants = {"Access-Control-Request-Method": "POST"}
     for origin, allowed in ((ORIGIN, True), ("https://other.example", False)):
-        (found,) = server.ask(
-            "/v1/embeddings", [None], "OPTIONS", headers={"Origin": origin, **wants}
-        )
+        headers = {"Origin": origin, **wants}
+        (found,) = server.ask("/v1/embeddings", [None], "OPTIONS", headers=headers)
         assert found.headers.get("access-control-allow-origin") == (origin if allowed else None)
 
 
@@ -223,9 +220,8 @@ def test_texts_are_tokenized_like_in_sentence_transformers(tmp_path: Path) -> No
     from lora_ext.server import Settings
 
     model = save_embedder(tmp_path, "mean")
-    (tmp_path / "tiny" / "sentence_bert_config.json").write_text(
-        json.dumps({"max_seq_length": 4, "do_lower_case": True})
-    )
+    limits = json.dumps({"max_seq_length": 4, "do_lower_case": True})
+    (tmp_path / "tiny" / "sentence_bert_config.json").write_text(limits)
     prompts = {"prompts": {"query": "w9 w10 ", "other": "w11 "}, "default_prompt_name": "query"}
     (tmp_path / "tiny" / "config_sentence_transformers.json").write_text(json.dumps(prompts))
     texts: list[Any] = [" W5\n", "w5 w6 w7", "w8 w8 w8 w8 w8 w8", [5, 6]]
@@ -237,6 +233,16 @@ def test_texts_are_tokenized_like_in_sentence_transformers(tmp_path: Path) -> No
     assert tokens == sum(map(len, read))
     for ids, vector in zip(read, vectors, strict=True):
         torch.testing.assert_close(vector, expected(model, tmp_path, None, ids, "mean"))
+
+
+def test_float8_adapters_embed_close_to_the_adapters(tmp_path: Path) -> None:
+    from lora_ext.server import Settings
+
+    model, own = save_embedder(tmp_path, "mean"), {"lora_dtype": "float8_e4m3fn", "device": "cpu"}
+    with Settings(tmp_path / "tiny", tmp_path / "embedders", **own).engine() as engine:
+        base, vector = (asyncio.run(engine.embed([[5, 6]], n))[0][0] for n in (None, "x"))
+    exact = expected(model, tmp_path, "x", [5, 6], "mean")
+    assert 0 < (vector - exact).norm() < (base - exact).norm() / 10
 
 
 @pytest.mark.parametrize(
@@ -252,13 +258,8 @@ def test_long_texts_are_truncated_at_the_smallest_limit(
 
     model = save_embedder(tmp_path, None)
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "tiny")
-    embedder = Embedder(
-        copy.deepcopy(model),
-        tokenizer,
-        tmp_path / "embedders",
-        context=context,
-        preparation=Preparation(max_length=max_length),
-    )
+    how = {"context": context, "preparation": Preparation(max_length=max_length)}
+    embedder = Embedder(copy.deepcopy(model), tokenizer, tmp_path / "embedders", **how)
     vectors, tokens = asyncio.run(embedder.embed(["w5 w6 " * 2000]))
     assert tokens == kept
     wanted = expected(model, tmp_path, None, ([5, 6] * kept)[:kept], "mean")

@@ -321,8 +321,8 @@ def test_refused_sampling_fields_are_named(server: Any, kind: str) -> None:
         ({"stop_token_ids": ["w5"]}, 422, "stop_token_ids.0: "),
         ({"min_tokens": 9}, 400, "min_tokens: expected at most 8, the limit of tokens, found 9"),
         ({"min_tokens": -1}, 422, "min_tokens: "),
-        ({"min_tokens": 2, **choice}, 400, "min_tokens: expected none with a required format"),
-        ({"stop_token_ids": [5], **choice}, 400, "stop_token_ids: expected none with a required"),
+        ({"min_tokens": 2, **choice}, 400, "min_tokens: expected null with response_format"),
+        ({"stop_token_ids": [5], **choice}, 400, "stop_token_ids: expected null with response"),
     ):
         found = server.client.post(f"/v1/{kind}", json={**asked, "max_tokens": 8, **fields})
         assert found.status_code == code, found.text

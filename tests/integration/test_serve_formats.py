@@ -95,7 +95,7 @@ def test_completions_support_forms(server: Any) -> None:
     ("fields", "code", "message"),
     [
         ({**FORMATS[2], "max_tokens": 6}, 400, "max_tokens: expected at least 7"),
-        ({**FORMATS[2], "stop": "a"}, 400, "stop: expected none with a required format"),
+        ({**FORMATS[2], "stop": "a"}, 400, "stop: expected null with response_format"),
         ({"structured_outputs": {"grammar": "root ::= x"}}, 400, "grammar: expected json, regex"),
         ({"structured_outputs": {"json": {"type": "integer", "minimum": 3}}}, 400, "minimum"),
         (

@@ -179,7 +179,7 @@ def test_pause_holds_running_requests_and_new_ones_wait(server: Any) -> None:
         resume(server)
         assert said(running.result()) == expected[0]
         assert {text_of(each.result()) for each in waiting} == {expected[1]}
-    resume(server)  # without a pause, it changes nothing
+    resume(server)  # a resume without a pause changes nothing
     assert server.client.get("/is_paused").json() == {"is_paused": False}
     assert ask(server, "mine").json()["adapter_generation"] == generation
     settle(server)
@@ -225,7 +225,7 @@ def test_choices_of_a_request_that_waits_during_a_load_use_one_generation(server
         pause(server)
         waiting = threads.submit(
             complete, server, "mine", TOKENS, TOKENS
-        )  # the second shares pages
+        )  # the second request shares pages
         until(lambda: server.engine.requests == 2)
         time.sleep(0.2)
         generation = load(server, "a7")
@@ -251,7 +251,7 @@ def test_request_whose_adapter_never_stays_is_refused(
     monkeypatch.setattr(server.engine, "begin", begin_and_load)
     found = complete(server, "mine", TOKENS, TOKENS[:9])
     assert found.status_code == 409, found.text
-    expected = "model: expected an adapter that does not change while its prompts begin, found 8"
+    expected = "model: expected an adapter that does not change while its requests start, found 8"
     assert found.json()["error"]["message"] == f"{expected} changes"
     assert len(count) == 16
     assert complete(server, "mine", TOKENS).status_code == 200

@@ -24,7 +24,7 @@ PROMPT = [5 + i * i % 90 for i in range(150)]  # more than two pages
 
 
 def law(server: Any, ids: list[int], name: str | None = "a1") -> Tensor:
-    """Return the log-probabilities ``(T, V)`` of the model alone."""
+    """Return the log-probabilities ``(T, V)`` of a plain forward with the adapter ``name``."""
     with torch.no_grad():
         logits = server.engine.model(torch.tensor([ids]), adapter_names=[name]).logits[0]
     return logits.log_softmax(-1)

@@ -268,7 +268,7 @@ def test_adapter_that_overflows_is_refused_alone_and_in_a_mixture(
 
 
 def test_server_of_one_request_answers_mixtures_up_to_its_rank(tmp_path: Path) -> None:
-    names = [*NAMES[:6], "a9"]  # of 8 pages together, as an adapter of max_rank
+    names = [*NAMES[:6], "a9"]  # together 8 pages, as many as an adapter of max_rank
     with serving(tmp_path, max_requests=1, context=128) as server:
         for few in (names[:2], names, names[4:]):
             entry = dict.fromkeys(few, 0.5)

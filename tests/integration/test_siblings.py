@@ -32,7 +32,7 @@ pytestmark = pytest.mark.usefixtures("shared_on_cpu")
 
 
 def attached(model: Any, configs: dict[str, Any], folder: Path, **how: Any) -> list[Any]:
-    """Return a copy whose sibling layers share ops, and a copy with separate ops per layer."""
+    """Return two attached copies: one whose sibling layers share ops, one with an op per layer."""
     make_peft(model, configs).save_pretrained(folder)
     return [
         attach_saved(copy.deepcopy(model), folder, configs, fuse_siblings=fuse, **how)

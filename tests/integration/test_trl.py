@@ -188,7 +188,7 @@ def test_resumed_run_equals_the_uninterrupted_one_bit_for_bit(kind: str, tmp_pat
 
 @pytest.mark.slow
 def test_adapter_made_by_the_trainer_has_the_base_as_reference(tmp_path: Path) -> None:
-    """Check DPO with a ``peft_config``: it adds the adapter and disables it in the reference."""
+    """Check DPO with a ``peft_config``: DPO adds the adapter, and disables it in the reference."""
     found = []
     for take in (lambda model: model, lora_ext.from_peft):
 

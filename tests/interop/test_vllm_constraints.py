@@ -23,7 +23,7 @@ from lora_ext.interop.vllm._constraints import (
     KEY,
     PROCESSOR,
     ConstrainedRows,
-    build_at_door,
+    build_on_arrival,
     in_front,
 )
 from lora_ext.interop.vllm._interface import register_check
@@ -55,7 +55,7 @@ def settings(processors=(PROCESSOR,), folder=None, **more):
 def here(monkeypatch):
     found = SimpleNamespace(from_pretrained=lambda *args, **kwargs: tokenizer())
     monkeypatch.setattr("transformers.AutoTokenizer", found)
-    monkeypatch.setattr(_constraints, "_doors", set())
+    monkeypatch.setattr(_constraints, "_engines", set())
 
 
 def save_guide(folder):
@@ -70,8 +70,8 @@ def engine_with(config):
         def preprocess_add_request(self, request):
             return request.sampling_params, 0
 
-    build_at_door(EngineCore)
-    build_at_door(EngineCore)
+    build_on_arrival(EngineCore)
+    build_on_arrival(EngineCore)
     return EngineCore()
 
 
@@ -105,7 +105,7 @@ class Batch:
         )
 
     def step(self, seed):
-        """Sample a token for every row, from random scores of this step."""
+        """Sample a token for every row from random scores; return the scores before and after."""
         scores = torch.randn(len(self.places), V, generator=torch.Generator().manual_seed(seed))
         changed = self.rows.apply(scores.clone())
         generator = torch.Generator().manual_seed(seed)
@@ -230,7 +230,7 @@ def test_llm_engine_refuses_a_request_before_it_is_recorded():
         ({"regex": "a"}, {"stop": ["b"]}, "stop: expected none"),
         ({"regex": "a"}, {"ignore_eos": True}, "ignore_eos: expected none"),
         ({"regex": "a"}, {"structured_outputs": object()}, "structured_outputs: expected none"),
-        ({"regex": "a"}, {}, "expected lora_ext's vLLM plug-in"),
+        ({"regex": "a"}, {}, "expected an engine with lora_ext's plug-in"),
     ],
 )
 def test_invalid_constraints_are_refused_by_validate_params(given, more, message):
@@ -251,7 +251,7 @@ def test_processor_is_a_subclass_of_vllms_logits_processor(monkeypatch, tmp_path
     made = getattr(importlib.import_module(module), name)
     monkeypatch.delitem(sys.modules, module)
     assert issubclass(made, LogitsProcessor)
-    build_at_door(type("EngineCore", (), {"preprocess_add_request": lambda self, request: None}))
+    build_on_arrival(type("EngineCore", (), {"preprocess_add_request": lambda self, request: None}))
     save_guide(tmp_path)
     made.validate_params(sampling({"regex": "a"}))
     assert made(settings(), "cpu", False).is_argmax_invariant() is False

@@ -24,8 +24,7 @@ RANKS = (8, 2, 5)
 
 
 class Base:
-    """Part of vLLM's Punica wrapper that :class:`Updates` uses: two buffers, filled at each
-    step."""
+    """Part of vLLM's wrapper that :class:`Updates` uses: two buffers, filled at each step."""
 
     def __init__(self, most, max_batches, device, **kwargs):
         self._token_lora_indices = torch.full((most,), 77)
@@ -44,10 +43,9 @@ class Wrapper(Updates, Base):
     pass
 
 
-def wrapper_for(tokens, samples=None):
-    """Return a wrapper with the adapters 30, 10, 20 in the slots 0, 1, 2, in a step whose rows use
-    the adapters ``tokens``."""
-    made = Wrapper(12, 4, "cpu", lora_config=SimpleNamespace(max_loras=SLOTS))
+def wrapper_for(tokens, samples=None, dtype=torch.float32):
+    """Return a wrapper with adapters 30, 10, 20 in slots 0, 1, 2, and a step of rows ``tokens``."""
+    made = Wrapper(12, 4, "cpu", lora_config=SimpleNamespace(max_loras=SLOTS, lora_dtype=dtype))
     step(made, tokens, samples)
     return made
 
@@ -93,10 +91,8 @@ def test_slices_of_a_layer_get_separate_updates(backend):
     wrapper, x = wrapper_for(TOKENS), integers(6, IN)
     widths, layers = (5, 2, 2), [stacks(5), stacks(2, seed=5), stacks(2, seed=9)]
     y = integers(6, sum(widths), seed=3)
-    wanted = [
-        expected(part, x, *layer, TOKEN_SLOTS)
-        for part, layer in zip(y.split(widths, 1), layers, strict=True)
-    ]
+    parts = zip(y.split(widths, 1), layers, strict=True)
+    wanted = [expected(part, x, *layer, TOKEN_SLOTS) for part, layer in parts]
     wrapper.add_lora_linear(y, x, *zip(*layers, strict=True), 1.0, widths)
     assert torch.equal(y, torch.cat(wanted, 1))
 
@@ -141,9 +137,8 @@ def test_shrink_and_expand_equal_the_whole_update(backend):
 def test_update_of_an_embedding_is_only_an_expand(backend):
     wrapper, (_, b) = wrapper_for(TOKENS), stacks()
     picked, y = integers(6, RANK, seed=4), integers(6, 5, seed=3)
-    wanted = reference.lora_expand_(
-        y.clone(), picked, b[:, 0], torch.tensor(TOKEN_SLOTS), torch.tensor(RANKS)
-    )
+    slots, ranks = torch.tensor(TOKEN_SLOTS), torch.tensor(RANKS)
+    wanted = reference.lora_expand_(y.clone(), picked, b[:, 0], slots, ranks)
     wrapper.add_lora_embedding(y, picked, b, add_input=True)
     assert torch.equal(y, wanted)
 
@@ -231,7 +226,7 @@ def test_values_beyond_a_rank_are_not_read(backend):
 
 
 def in_halves(wrapper, x, layer, y):
-    """Compute :func:`linear` with separate shrink and expand calls."""
+    """Return the result of :func:`linear`, computed by separate shrink and expand calls."""
     y, v = y.clone(), torch.zeros(1, len(x), RANK)
     wrapper.add_shrink(v, x, layer[:1], 1.0)
     wrapper.add_expand(y, v, layer[1:], (5,))
@@ -245,6 +240,11 @@ def test_stacks_may_have_another_dtype_than_the_model(backend):
     wanted = expected(y, x, a.float(), b.float(), TOKEN_SLOTS)
     assert torch.equal(linear(wrapper, x, (a, b), y), wanted)
     assert torch.equal(in_halves(wrapper, x, (a, b), y), wanted)
+
+
+def test_float8_stacks_are_refused():
+    with pytest.raises(ValueError, match=r"lora_dtype: expected .* 32 bits, found torch.float8_e"):
+        wrapper_for(TOKENS, dtype=torch.float8_e4m3fn)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -312,8 +312,7 @@ def test_compiled_graph_uses_the_rows_and_adapters_of_the_current_step():
 
 @pytest.fixture
 def fake_vllm(monkeypatch):
-    """Install and return a fake package vllm, version 0.33.1, with the members that the plug-in
-    uses."""
+    """Install and return a fake vllm, version 0.33.1, with the members that the plug-in uses."""
 
     class PunicaWrapperCPU:
         def __init__(self):
@@ -451,9 +450,8 @@ def test_slots_are_read_if_another_plug_in_wrapped_the_manager_first(wraps, fake
     a, _ = stacks()
     read = wrapper._stacks.of(a, 1)
     a[1] = a[0]
-    held = SimpleNamespace(
-        moved=True, lora_index_to_id=[30, 10, 20], punica_wrapper_mapping={"model": wrapper}
-    )
+    slots, wrappers = [30, 10, 20], {"model": wrapper}
+    held = SimpleNamespace(moved=True, lora_index_to_id=slots, punica_wrapper_mapping=wrappers)
     assert manager.activate_adapter(held, 10)
     assert read.ranks.tolist() == [8, 8, 5]
 

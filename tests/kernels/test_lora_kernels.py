@@ -79,7 +79,7 @@ def test_float16_v_may_be_far_from_one(backend: Backend, rank: int, size: float)
 def test_float32_sums_of_one_sign_are_not_rounded_in_one_direction(backend: Backend) -> None:
     """Check sums of terms of one sign, for which rounding toward zero, as on tensor cores, adds up.
 
-    Rows without an adapter add so many tiles that kernels do not split the sum; they cost no time.
+    Rows without an adapter add so many tiles that kernels do not split the sum. They take no time.
     """
     if backend.small:
         pytest.skip("too many rows for this backend")
@@ -119,8 +119,8 @@ def test_apply_that_sums_splits_of_v_equals_shrink_and_expand_bitwise(
 def test_two_successive_calls_may_add_to_one_y(backend: Backend) -> None:
     """Check the order of shrink and expand. Expand reads y before it waits for its shrink.
 
-    If shrink also started before its predecessor finished, the second expand could read y while the
-    first one writes it. The emulator would report this.
+    If the second shrink also started before the first expand has finished, the second expand could
+    read y while the first one writes it. The emulator would report this.
     """
     g = torch.Generator().manual_seed(0)
     x, a = torch.randn(3, 64, generator=g), torch.randn(1, 8, 64, generator=g)
@@ -183,7 +183,7 @@ def test_one_block_per_adapter_and_blocks_per_range_agree(
 ) -> None:
     """Check that the size of the buffer for partial sums, set by the bank, changes no bit."""
     if backend.is_twin or backend.small:
-        pytest.skip("tests only kernels, with a bank too large for the checking emulator")
+        pytest.skip("only for kernels; the bank is too large for the checking emulator")
     g = torch.Generator().manual_seed(0)
     rows, width = 1100, 16  # two ranges of up to 1024 rows
     x, dy = (torch.randn(rows, width, generator=g).to(dtype) for _ in range(2))
@@ -200,7 +200,7 @@ def test_one_block_per_adapter_and_blocks_per_range_agree(
 def test_v_does_not_depend_on_the_number_of_rows(backend: Backend) -> None:
     """Check more than 264 tiles of 128 rows, for which each block iterates over all features."""
     if backend.is_twin or backend.small:
-        pytest.skip("tests only kernels, with too many rows for the checking emulator")
+        pytest.skip("only for kernels; too many rows for the checking emulator")
     g = torch.Generator().manual_seed(1)
     x = torch.randn(1, 1100, generator=g).bfloat16().expand(34000, 1100).contiguous()
     a = torch.randn(1, 1, 1100, generator=g).bfloat16()
@@ -249,7 +249,7 @@ def test_float32_gradients_of_one_sign_are_not_rounded_in_one_direction(backend:
 
 def test_more_outputs_than_a_grid_has_blocks_raise(backend: Backend) -> None:
     if backend.is_twin:
-        pytest.skip("tests only kernels")
+        pytest.skip("this test runs only on kernels")
     x = torch.zeros(1, 8, dtype=torch.bfloat16, device=backend.device)
     b = x.new_zeros(1, 65535 * 256 + 1, 1)
     ids = torch.zeros(1, dtype=torch.long, device=backend.device)

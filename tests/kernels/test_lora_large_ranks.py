@@ -31,7 +31,7 @@ def among_idle_rows(inputs: Inputs, rows: int) -> Inputs:
 
 def skip_unless_kernels(backend: Backend, rows: int = 0, dtype: torch.dtype | None = None) -> None:
     if backend.is_twin:
-        pytest.skip("tests only kernels")
+        pytest.skip("this test runs only on kernels")
     if backend.small and dtype not in (None, torch.bfloat16):
         pytest.skip("one dtype is enough for the emulator that checks every access")
     if backend.small and rows > 1000:

@@ -257,8 +257,8 @@ def test_nothing_warns_after_disabling_a_model_with_a_wrapped_inner_model() -> N
 
 
 def of_fsdp2(rank: int, case: str) -> dict[str, Tensor]:
-    """Train two steps in two processes, or in one if ``rank`` is -1. Case "divided" shards the
-    model before it enables the chunked loss."""
+    """Return the parameters trained by one of two processes, or by a single one if ``rank`` is -1.
+    Case "divided" shards the model before it enables the chunked loss."""
     model = model_of().double()
     if case == "divided":
         mesh = init_device_mesh("cpu", (2,))

@@ -175,7 +175,7 @@ class Mixing(nn.Module):
 
 
 class Writing(nn.Module):
-    """Activation module that writes its result to a new tensor."""
+    """Activation module that calls a function with the argument ``out``."""
 
     def forward(self, x: Tensor) -> Tensor:
         return x * torch.sigmoid(x, out=torch.empty_like(x))

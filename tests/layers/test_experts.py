@@ -31,7 +31,7 @@ FLAGS: list[dict[str, bool]] = [
 
 
 def experts(how: str = "grouped_mm", **flags: bool) -> Any:
-    """Return a module of experts as in models of transformers. ``flags`` select its layout."""
+    """Return a module of experts like those of transformers. ``flags`` select its layout."""
 
     @use_experts_implementation(**flags)
     class Experts(nn.Module):

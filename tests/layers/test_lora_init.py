@@ -237,6 +237,7 @@ def test_layer_on_meta_has_no_values_and_init_raises():
         ({"lora_alpha": math.nan}, ValueError, "lora_alpha: expected a finite"),
         ({"lora_dropout": 1.0}, ValueError, r"lora_dropout: .* in \[0, 1\), found 1.0"),
         ({"lora_bias": True, "use_dora": True}, ValueError, "lora_bias"),
+        ({"adapter_dtype": torch.float8_e4m3fn}, ValueError, "adapter_dtype: .*found torch.float8"),
         ({"fan_in_fan_out": True}, ValueError, "fan_in_fan_out"),
         ({"adapter_name": "a.b"}, ValueError, "without dots"),
         ({"adapter_name": "__base__"}, ValueError, "__base__"),

@@ -29,7 +29,7 @@ def made(dtype: torch.dtype = torch.float32, **third: Any) -> Any:
 
 
 def formula(layer: Any, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
-    """Return the output by the definition; weights of entries of -1 do not count."""
+    """Compute the output from the definition; the weight of an entry with id -1 is ignored."""
     y = layer.base_layer(x)
     for i, name in enumerate(layer.adapter_names):
         weight = torch.where(ids == i, weights, 0).sum(1, keepdim=True)
@@ -223,7 +223,7 @@ def other(kind: type, dtype: torch.dtype = torch.float64, **third: Any) -> tuple
 
 
 def sum_of(layer: Any, x: Tensor, rows: list[dict[str, float]]) -> Tensor:
-    """Return the output of each sequence by the definition, from the layer's plain rows."""
+    """Return the base output plus the weighted sum of the updates of single adapters."""
     base = layer.base_layer(x)
     total = base.clone()
     for name in "abc":
@@ -304,5 +304,5 @@ def test_unknown_members_and_activated_adapters_of_a_set_are_refused() -> None:
         layer(x, adapter_names={"a": 1, "unseen": 2})
     with pytest.raises(UnknownAdapterError, match="unseen"):
         lora_ext.adapters({"a": 1, "unseen": 2}, pool=layer_names).__enter__()
-    with pytest.raises(NotImplementedError, match="activated adapter 'judge'"):
+    with pytest.raises(NotImplementedError, match="aLoRA adapter 'judge'"):
         lora_ext.adapters({"a": 1, "judge": 2}, pool=layer_names).__enter__()

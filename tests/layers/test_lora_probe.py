@@ -124,7 +124,7 @@ def test_exception_leaves_no_hooks():
     model = Model()
     probe = LoraProbe(model)
     with pytest.raises(ZeroDivisionError), probe:
-        with pytest.raises(RuntimeError, match="entered already"):
+        with pytest.raises(RuntimeError, match="one `with probe` at a time"):
             probe.__enter__()
         model(torch.randn(2, 24))
         1 / 0  # noqa: B018

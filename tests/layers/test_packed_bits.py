@@ -316,7 +316,7 @@ def test_kernels_compute_up_to_64_rows_and_torch_more_with_the_same_weights(
     backend: Backend, bits: int, minimum: bool, keep: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if backend.is_twin:
-        pytest.skip("twins take any number of rows")
+        pytest.skip("CPU twins accept any number of rows")
     # The tensors of an emulator are on the CPU, where layers do not limit rows.
     monkeypatch.setattr(_packed_only, "limits_rows", lambda x: True)
     how: dict[str, Any] = {"bits": bits, "group": 32, "minimum": minimum}

@@ -306,6 +306,18 @@ def test_transforms_use_the_plain_product() -> None:
     assert "aten::linear" in str(recorded.graph)
 
 
+def test_sparse_inputs_and_other_shapes_do_not_use_the_copy() -> None:
+    layer, x = pack_linears(nn.Linear(64, 40).eval()), torch.randn(4, 64)
+    with torch.no_grad():
+        torch.testing.assert_close(layer(x.to_sparse()), layer(x))
+        layer.exact = True
+        with pytest.raises(ValueError, match=r"^packed_linear: packed: .* a weight \(40, 32\)"):
+            layer(x[:, :32])
+        layer.weight = nn.Parameter(torch.ones(48, 64), requires_grad=False)
+        with pytest.raises(ValueError, match=r"^packed_linear: bias: .* \[48\], found \[40\]"):
+            layer(x)
+
+
 def test_factors_of_adapters_are_not_packed() -> None:
     ours = nn.Sequential(LoraLinear(layer(), "default", 4)).eval()
     peft = pytest.importorskip("peft")

@@ -207,7 +207,7 @@ def test_merged_adapter_cannot_be_switched_off(kind: str):
 def test_adapter_that_a_layer_lacks_raises(kind: str):
     layer = some_layer(adapted(kind))
     with pytest.raises(
-        ValueError, match=r"set_active: adapter_name: expected an adapter of \['default'\]"
+        ValueError, match=r"set_active: adapter_name: expected one of the adapters \['default'\]"
     ):
         set_active(layer, "other", False)
 

@@ -1,5 +1,4 @@
-"""``wrap``, compared with get_peft_model and also without PEFT, and ``unwrap``, which restores the
-model bitwise."""
+"""``wrap``, compared with get_peft_model and without PEFT, and ``unwrap``, which is bitwise."""
 
 from __future__ import annotations
 
@@ -42,8 +41,7 @@ def vision() -> transformers.ViTForImageClassification:
 
 
 def pair(make, **fields) -> tuple[nn.Module, nn.Module]:
-    """Return a model with adapters of lora_ext and the model with adapters of PEFT, with equal
-    values."""
+    """Return a model with adapters of lora_ext and one with equal adapters of PEFT."""
     fields = {"r": 4, "lora_alpha": 6, "init_lora_weights": False, **fields}
     ours = wrap(make(), LoraConfig(**fields))
     with warnings.catch_warnings():
@@ -196,10 +194,8 @@ def test_second_adapter_is_inactive_until_it_is_chosen():
         mixed = run(model)
     torch.testing.assert_close(mixed[1], base[1], **CLOSE)
     assert (mixed[0] - base[0]).abs().max() > 1e-3
-    with pytest.raises(
-        ValueError,
-        match=r"wrap: model.*q_proj: .* 'german' exists already; .* another adapter_name",
-    ):
+    message = r"wrap: model.*q_proj: .* 'german' exists already; .* another adapter_name"
+    with pytest.raises(ValueError, match=message):
         wrap(model, LoraConfig(target_modules=["q_proj"]), "german")
     unwrap(model)
     assert adapted_layers(model) == {}
@@ -219,15 +215,10 @@ def test_unsupported_modules_leave_the_model_unchanged():
     modules = dict(model.named_modules())
     flags = {name: p.requires_grad for name, p in model.named_parameters()}
     state = {name: value.clone() for name, value in model.state_dict().items()}
-    config = LoraConfig(
-        target_modules=["q_proj", "down_proj"],
-        rank_pattern={"layers.2.mlp.down_proj": 20},
-        init_lora_weights="pissa",
-        r=2,
-    )
-    with pytest.raises(
-        ValueError, match=r"wrap: model.layers.2.mlp.down_proj: init_lora_weights: 'pissa' needs r"
-    ):
+    targets, ranks = ["q_proj", "down_proj"], {"layers.2.mlp.down_proj": 20}
+    config = LoraConfig(r=2, target_modules=targets, rank_pattern=ranks, init_lora_weights="pissa")
+    message = r"wrap: model.layers.2.mlp.down_proj: init_lora_weights: 'pissa' needs r"
+    with pytest.raises(ValueError, match=message):
         wrap(model, config)
     assert dict(model.named_modules()) == modules
     assert {name: p.requires_grad for name, p in model.named_parameters()} == flags
@@ -247,24 +238,17 @@ def test_failing_second_adapter_leaves_the_first_unchanged():
 
 
 @pytest.mark.parametrize(
-    ("config", "error", "message"),
+    ("target", "message"),
     [
-        ({"r": 4}, TypeError, r"wrap: config: expected a lora_ext.LoraConfig, found .*dict"),
-        (
-            LoraConfig(target_modules=["nothing"]),
-            ValueError,
-            r"wrap: target_modules: expected a module of .* to match \('nothing',\), found none",
-        ),
-        (
-            LoraConfig(target_modules=["mlp"]),
-            ValueError,
-            r"wrap: model.layers.0.mlp: target_modules: expected a Linear, .* found a LlamaMLP",
-        ),
+        ("nothing", r"target_modules: expected a module .* to match \('nothing',\), found none"),
+        ("mlp", "model.layers.0.mlp: target_modules: expected a Linear, .* found a LlamaMLP"),
     ],
 )
-def test_config_that_does_not_fit_raises(config, error: type[Exception], message: str):
-    with pytest.raises(error, match=message):
-        wrap(llama(), config)
+def test_config_that_does_not_fit_raises(target: str, message: str):
+    with pytest.raises(ValueError, match=f"wrap: {message}"):
+        wrap(llama(), LoraConfig(target_modules=[target]))
+    with pytest.raises(TypeError, match=r"wrap: config: expected .*\.LoraConfig, found .*dict"):
+        wrap(llama(), {"r": 4})
 
 
 def test_unused_rank_pattern_warns():
@@ -274,7 +258,7 @@ def test_unused_rank_pattern_warns():
 
 def test_models_with_other_adapters_raise():
     for model in (adapted("ours"), adapted("peft"), adapted("fused")):
-        with pytest.raises(RuntimeError, match=r"wrap: model: expected a model without adapters"):
+        with pytest.raises(RuntimeError, match=r"wrap: model: expected .* only adapters"):
             wrap(model, LoraConfig())
     model = llama()
     lora_ext.attach(model, lora_ext.AdapterPool(model, max_slots=1, max_rank=4))
@@ -284,9 +268,25 @@ def test_models_with_other_adapters_raise():
 
 def test_layers_with_a_weight_that_is_read_without_a_call_raise():
     model = nn.ModuleDict({"body": nn.TransformerEncoderLayer(16, 2, 24), "head": nn.Linear(4, 4)})
-    with pytest.raises(NotImplementedError, match=r"found 'body.linear1': its parent module"):
+    with pytest.raises(NotImplementedError, match=r"found 'body.linear1'; its parent module"):
         wrap(model, LoraConfig(target_modules=["linear1"]))
     assert list(adapted_layers(wrap(model, LoraConfig()))) == ["head"]
+
+
+def test_float8_weights_are_refused_unless_the_layer_converts_them():
+    class Converted(nn.Linear):
+        def forward(self, x):
+            return nn.functional.linear(x, self.weight.float())
+
+    config = LoraConfig(target_modules=["0", "1"])
+    for layer in (nn.Linear(8, 8), nn.Embedding(5, 8), nn.Conv1d(2, 2, 1), Converted(8, 8, False)):
+        model = nn.ModuleList([nn.Linear(8, 8), layer.to(torch.float8_e4m3fn)])
+        if isinstance(layer, Converted):
+            assert wrap(model, config)[1](torch.randn(3, 8)).dtype == torch.float32
+            continue
+        with pytest.raises(ValueError, match=r"wrap: 1: \w+: base_layer.weight: .* torch.float8"):
+            wrap(model, config)
+        assert type(model[0]) is nn.Linear and model[1] is layer
 
 
 def test_convolutions_of_overlapping_windows_raise():

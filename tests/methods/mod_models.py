@@ -43,7 +43,7 @@ IDS = torch.randint(3, 19, (2, 7), generator=torch.Generator().manual_seed(1))
 def make(family: str = "llama", dtype: torch.dtype = torch.float32, **settings: Any) -> Any:
     """Return a model with the same weights at every call.
 
-    They are large enough that the outputs of different layers and tokens differ.
+    The weights are large enough that the outputs of different layers and tokens differ.
     """
     name, shape = CONFIGS[family]
     names = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}

@@ -201,7 +201,7 @@ def test_fastest_device_with_enough_memory_periodically_trains_all_layers():
     assert (by_round[3].raised, by_round[3].depths[1]) == (1, 12)
     assert by_round[3].extra_wait == pytest.approx(by_round[3].waiting - by_round[2].waiting)
     assert by_round[3].extra_wait > 0
-    assert one.configure(slow, slow).uncovered  # No round, so no device trains all layers.
+    assert one.configure(slow, slow).uncovered  # No round number: `cover_every` has no effect.
 
 
 def test_byte_budget_lowers_devices_that_send_most_for_their_data():

@@ -124,7 +124,7 @@ def test_timeouts_lower_the_depth_and_the_third_one_pauses_the_device():
     one.tracker.update_timeout(0, 1, 30.0, 11)
     rest = one.plan(12, 0, L)
     assert rest == LayerPlan(())
-    with pytest.raises(ValueError, match=r"expected at least one layer, found none: the device"):
+    with pytest.raises(ValueError, match=r"at least one layer, found none: device is paused"):
         one.observe(12, 0, rest, {"train-time-s": 1.0})
     with pytest.raises(ValueError, match=r"plan: expected at least one layer"):
         one.timed_out(12, 0, rest, 30.0)

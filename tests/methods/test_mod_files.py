@@ -1,4 +1,4 @@
-"""A saved MoD loads as the same model, and other states are refused. Its example runs."""
+"""A saved MoD loads as the same model, wrong states are refused, and examples/mod.py runs."""
 
 from __future__ import annotations
 

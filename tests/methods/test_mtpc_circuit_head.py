@@ -293,8 +293,8 @@ def test_errors_name_invalid_inputs():
     gap = x.clone()
     gap[0, 0, 1] = IGNORE
     cases = [
-        (ValueError, "evidence: expected -1 only at the end", lambda: head.sample(h, gap)),
-        (ValueError, "evidence: expected -1 only at the end", lambda: head.argmax(h, gap)),
+        (ValueError, "evidence: expected -100 only at the end", lambda: head.sample(h, gap)),
+        (ValueError, "evidence: expected -100 only at the end", lambda: head.argmax(h, gap)),
         (TypeError, "h: expected a floating", lambda: head.log_prob(h.long(), x)),
         (TypeError, "tokens: expected int64", lambda: head.log_prob(h, x.double())),
         (ValueError, "h: expected shape", lambda: head.log_prob(h[..., :-1], x)),
@@ -322,7 +322,7 @@ def test_errors_name_invalid_inputs():
 
 
 # -------------------------------------------------------------------------------------------------
-# Autocast
+# Autocast and names
 
 
 @pytest.mark.parametrize("contextual", [True, False])
@@ -343,10 +343,6 @@ def test_autocast_changes_results_only_by_its_rounding(kind: str, emission: str,
     torch.testing.assert_close(dist.exp().sum(-1), torch.ones(3))
     found.sum().backward()
     assert all(p.grad is not None and p.grad.isfinite().all() for p in head.parameters())
-
-
-# -------------------------------------------------------------------------------------------------
-# Names
 
 
 @pytest.mark.parametrize(

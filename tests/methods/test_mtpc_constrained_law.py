@@ -44,7 +44,7 @@ class Call:
 
     @torch.no_grad()
     def __call__(self, drawing: Tensor, testing: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Map uniforms ``(B, N)`` and ``(B, N + 1)`` to tokens, accepted count and next token."""
+        """Return tokens, accepted count and next token for uniforms (B, N) and (B, N + 1)."""
         # Bisection also tries 1, which no uniform reaches.
         batch, most = len(drawing), 1 - 2.0**-24
         drawing, testing = drawing.clamp(max=most), testing.clamp(max=most)

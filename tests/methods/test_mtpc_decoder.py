@@ -281,8 +281,8 @@ def test_shortlist_does_not_change_the_distribution(window: str, kind: str, new:
 
 
 class Dropping(Enumerated):
-    """Decoder with the rule of the authors' code: a call that accepts a token discards the one that
-    it would emit next. That position is drafted and tested again, so its token follows p."""
+    """Decoder with the rule of the authors' code: a call that accepts a token discards the token
+    that is drawn next. The next call drafts this position again, so its token has the law p."""
 
     def next_law(self, p: Tensor, q: Tensor, accepted: Tensor) -> Tensor:
         return torch.where((accepted > 0)[:, None], p, super().next_law(p, q, accepted))

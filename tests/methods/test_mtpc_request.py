@@ -31,7 +31,7 @@ def make_tokenizer() -> Any:
 
 
 class Recorder:
-    """Streamer that records its values."""
+    """Streamer that records the tokens that it receives."""
 
     def __init__(self) -> None:
         self.got: list[list[int]] = []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 import math
 from fractions import Fraction
@@ -13,12 +14,12 @@ import torch
 from circuit_heads import DOUBLE, D, K, V, hidden, make, windows
 from methods.test_mtpc_decoder import Enumerated, enumerate_paths
 from methods.toy import make_draft, make_model, prompts, train
-from torch import Tensor
+from torch import Tensor, nn
 
 from lora_ext import reference
 from lora_ext.layers import IGNORE
 from lora_ext.methods import mtpc
-from lora_ext.methods.mtpc import _evidence
+from lora_ext.methods.mtpc import _evidence, layers
 from lora_ext.methods.mtpc._emission import EMISSIONS
 from lora_ext.nn import CircuitHead
 
@@ -32,7 +33,7 @@ def evidence_of(head: CircuitHead, h: Tensor) -> Tensor:
 
 
 def shared_law(head: CircuitHead, x: Tensor) -> Tensor:
-    """Compute the log-probability of windows under the shared circuit alone."""
+    """Return the log-probability of windows under the shared circuit alone."""
     trans = head.trans_bias
     if trans is not None:
         trans = trans.expand(head.sums.num_transitions, -1, -1)[None]
@@ -42,7 +43,7 @@ def shared_law(head: CircuitHead, x: Tensor) -> Tensor:
 
 
 def law(head: CircuitHead, h: Tensor) -> Tensor:
-    """Compute the probabilities of all windows given one hidden state ``(1, D)`` by enumeration."""
+    """Return the probabilities of all windows, given one hidden state ``(1, D)``."""
     x = windows(head.n_token)
     logits = evidence_of(head, h)[0]
     score = shared_law(head, x) + logits[torch.arange(head.n_token), x].sum(1)
@@ -282,3 +283,85 @@ def test_errors_name_evidence():
         with pytest.raises((TypeError, ValueError), match="evidence: expected one of"):
             CircuitHead(D, V, K, 3, "hmm", evidence=value)  # pyright: ignore[reportArgumentType]
     assert "evidence='soft'" in repr(make("cp", **SOFT))
+
+
+# -------------------------------------------------------------------------------------------------
+# Kept probabilities and memory
+
+
+@pytest.fixture
+def eager(monkeypatch):
+    """Return a function that computes the circuit of a head without kept probabilities."""
+
+    def circuit(head: CircuitHead, h: Tensor) -> list[Tensor | None]:
+        with monkeypatch.context() as patch:
+            patch.setattr(_evidence, "_state", lambda _: None)
+            return list(head.circuit(h))
+
+    return circuit
+
+
+def doubled(head: CircuitHead) -> dict[str, Tensor]:
+    return {name: 2 * value for name, value in head.state_dict().items()}
+
+
+CHANGES: dict[str, Any] = {
+    "step": lambda head: torch.optim.SGD([head.leaf], lr=1.0).step(),
+    "state": lambda head: head.load_state_dict(doubled(head)),
+    "assigned": lambda head: head.load_state_dict(doubled(head), assign=True),
+    "prior": lambda head: head.prior.mul_(2),
+    "transitions": lambda head: None if head.trans_bias is None else head.trans_bias.mul_(2),
+    "low precision": lambda head: head.bfloat16().double(),
+    "data": lambda head: (head.leaf.data.mul_(2), head.eval()),
+}
+
+
+@pytest.mark.parametrize("inference", [False, True])
+@pytest.mark.parametrize("change", CHANGES)
+@pytest.mark.parametrize("kind", KINDS)
+def test_changed_parameters_change_the_circuit(eager, kind: str, change: str, inference: bool):
+    head, h = make(kind, **SOFT).eval(), hidden(2)
+    head.leaf.grad = torch.randn_like(head.leaf)
+    with torch.inference_mode(inference), torch.no_grad():
+        head.circuit(h)
+        fixed = head.sums._kept
+        head.circuit(h)
+        assert fixed is not None and head.sums._kept is fixed  # no new computation
+        CHANGES[change](head)
+        for found, expected in zip(head.circuit(h), eager(head, h), strict=True):
+            assert found is expected is None or torch.equal(found, expected)
+
+
+def test_probabilities_are_kept_only_if_changes_are_noticed():
+    head, h = make("hmm", **SOFT), hidden(2)
+    with torch.no_grad():
+        head.circuit(h)
+        assert head.sums._kept is None  # in training
+        head.eval().circuit(h)
+        assert head.sums._kept is not None
+        assert copy.deepcopy(head).sums._kept is None and "_kept" not in str(head.state_dict())
+    head.circuit(h)
+    assert head.sums._kept is None  # with gradients
+    with torch.no_grad():
+        head.circuit(h)
+        head.share_memory()  # another process could change the parameters
+        head.circuit(h)
+        assert head.sums._kept is None
+    with torch.inference_mode():
+        made = make("hmm", **SOFT).eval()
+        made.circuit(h)
+        assert made.sums._kept is None  # its parameters have no versions
+
+
+def test_captured_graph_computes_the_probabilities_anew(monkeypatch):
+    parameter = make("hmm", device="meta", **SOFT).leaf
+    monkeypatch.setattr(nn.Parameter, "device", torch.device("cuda"), raising=False)
+    monkeypatch.setattr(_evidence, "capturing", lambda device: device.type == "cuda")
+    assert _evidence._state(parameter) is None
+
+
+def test_shared_leaves_count_as_memory(monkeypatch):
+    monkeypatch.setattr(layers, "free_bytes", lambda device: 50_000_000)
+    CircuitHead(8, 49152, 8, 32, "hmm", emission="adapter", device="meta")
+    with pytest.raises(ValueError, match=r"and 12582912 shared leaf logits, which takes 0\.1 GB"):
+        CircuitHead(8, 49152, 8, 32, "hmm", emission="adapter", device="meta", **SOFT)

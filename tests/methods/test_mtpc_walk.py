@@ -1,4 +1,4 @@
-"""Calls in the speculative decoder pass through few files, and never to one that imports theirs."""
+"""Calls in the speculative decoder visit few files, and never call back into an importing file."""
 
 from __future__ import annotations
 

@@ -42,7 +42,7 @@ def test_last_blocks_are_selected_in_each_stack():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"suffixes": ("up_proj",)}, r"suffixes: expected ends of names in a SymbolModel, found"),
+        ({"suffixes": ("up_proj",)}, r"suffixes: expected endings of names in SymbolModel, found"),
         ({"last_n": 0}, "last_n: expected 1 to 4 blocks, found 0"),
         ({"last_n": 5}, "last_n: expected 1 to 4 blocks, found 5"),
     ],

@@ -1,4 +1,4 @@
-"""examples/splora.py at its smallest sizes: trains, prunes a folder and a live model, plots."""
+"""examples/splora.py at its smallest sizes: it trains, prunes a folder and a model, and plots."""
 
 from pathlib import Path
 

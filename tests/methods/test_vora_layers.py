@@ -132,7 +132,7 @@ def test_tied_weight_is_not_merged() -> None:
     attention.k_proj.weight = attention.v_proj.weight
     shake(vora.apply(model, settings()))
     before = copy.deepcopy(model.state_dict())
-    message = r"vora\.merge: .*k_proj: expected a weight that is not shared, found one used as \["
+    message = r"vora\.merge: .*k_proj: expected a weight that is not shared, found a weight of \["
     with pytest.raises(ValueError, match=message):
         vora.merge(model)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())

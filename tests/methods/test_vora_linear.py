@@ -209,7 +209,7 @@ def both(*text: str) -> VoraLinear:
 
 
 def rows(layer: VoraLinear, x: Tensor, names: list[str | None]) -> Tensor:
-    """Compute each row with matrix products and the adapter in ``names``."""
+    """Return the output, computed row by row with the adapter of each row in ``names``."""
     out: list[Tensor] = []
     for each, name in zip(x.reshape(-1, IN), names, strict=True):
         y = layer.base_layer(each)

@@ -37,7 +37,7 @@ def inputs() -> Tensor:
 
 
 def masked(model: Two, x: Tensor, mask: Tensor) -> Tensor:
-    """Run the layers one by one, each with an explicit mask."""
+    """Return the output of the two layers, each called with an explicit mask."""
     return model.down(model.up(x, mask).tanh(), mask)
 
 

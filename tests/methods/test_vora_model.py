@@ -142,7 +142,7 @@ def test_adapters_blocks_apply_to_the_text_of_a_batch() -> None:
 
 
 def continued(model: Any, given: dict[str, Any], count: int) -> Tensor:
-    """Generate greedily without a cache, recomputing the whole sample for every token."""
+    """Return ``count`` greedy tokens per sample; each token recomputes the whole sample."""
     out = []
     for sample in range(len(given["input_ids"])):
         alone = {k: v for k, v in of_sample(given, sample).items() if k != "labels"}

@@ -230,7 +230,7 @@ def test_invalid_images_are_refused(images, fields: dict, error, message: str):
 
 
 def reloaded_without(monkeypatch: pytest.MonkeyPatch, package: str):
-    """Import the module as if ``package`` were not installed."""
+    """Return the module, imported as if ``package`` were not installed."""
     importing = builtins.__import__
 
     def refuse(name, *args, **kwargs):

@@ -73,7 +73,7 @@ def settings(route: Any = "all", n_blocks: int = 2, family: str = "llama", **fie
 
 
 def shake(model: Any) -> Any:
-    """Replace zero adapters and positions by random values, as after training."""
+    """Replace zero adapters and positions by random values, and return the model."""
     generator = torch.Generator().manual_seed(5)
     with torch.no_grad():
         for name, parameter in model.named_parameters():

@@ -108,7 +108,7 @@ def test_max_product_equals_the_formula(backend: Backend, name: str) -> None:
 
 
 def test_path_far_below_the_dominant_states_keeps_its_value(backend: Backend) -> None:
-    """Check a sum with weight 0 for the likely state; the other is less likely by e^-900."""
+    """Check a sum with weight 0 for the likely state; its other state is e^-900 times as likely."""
     program = Circuit(RegionGraph.cp(1, 2, LEAF))._execution.program
     leaf = torch.tensor([[0.0, -900.0], [-900.0, 0.0], [-torch.inf, -900.0]])
     w = torch.tensor([-torch.inf, 1.5])

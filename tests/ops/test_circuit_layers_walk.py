@@ -27,7 +27,7 @@ def walk(
     root: Tensor,
     uniforms: Tensor | None = None,
 ) -> Tensor:
-    """Return the walk of a backend, as CPU tensors."""
+    """Return the result of ``circuit_layers_walk`` on a backend, as a CPU tensor."""
     on_device = program.to(torch.device(backend.device))
     val, w, root = (t.to(backend.device) for t in (val, w, root))
     u = None if uniforms is None else uniforms.to(backend.device)

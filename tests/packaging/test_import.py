@@ -89,8 +89,8 @@ def test_stubs_have_the_names_of_the_module():
 
 
 def doctor_in_a_checkout(folder: Path, *, built: bool) -> subprocess.CompletedProcess[str]:
-    """Run ``python -m lora_ext.doctor`` in a copy of this package, with the original on
-    PYTHONPATH."""
+    """Run ``python -m lora_ext.doctor`` in a copy of this package, with the original on PYTHONPATH,
+    and return the completed process."""
     outputs = ("_C*.so", "_emu*.so", "_build_info.py", "__pycache__")
     shutil.copytree(PACKAGE, folder / "lora_ext", ignore=shutil.ignore_patterns(*outputs))
     if built:

@@ -53,7 +53,7 @@ def test_trips_and_instructions_cost_what_the_model_predicts(lock) -> None:
 
 
 def test_step_whose_loads_are_waited_for_in_series_takes_their_trips(lock) -> None:
-    """Check two iterations of expand, with one memory trip each, or two with one scoreboard."""
+    """Check two iterations of expand's loop, with one and with two memory trips per iteration."""
     case = next(c for c in report.CASES if c.shape.startswith("D1") and "expand" in c.kernel)
     code, twice = lock[case.kernel], replace(case, turns=2)
     assert code.turn == 1
@@ -119,7 +119,7 @@ RECOUNTED = [
 
 @pytest.mark.parametrize(("shape", "kernel", "least", "most"), RECOUNTED)
 def test_estimates_agree_with_an_independent_count(lock, shape, kernel, least, most) -> None:
-    """Check the table against figures counted by hand; both are estimates, so 15 % may differ."""
+    """Check the table against counts by hand. Both are estimates, which may differ by 15 %."""
     case = next(c for c in report.CASES if shape in c.shape and c.kernel.startswith(kernel))
     assert least / 1.15 <= report.estimate_us(case, lock) <= most * 1.15
 
@@ -148,7 +148,7 @@ def test_row_names_its_instruction_count_and_a_changed_kernel_must_be_counted_ag
 def test_estimate_of_a_chain_has_all_its_launches_or_a_wait_per_step(lock) -> None:
     chain = next(c for c in report.CASES if "2048 states" in c.shape and "forward, fp32" in c.shape)
     each = [report.launch_us(c, lock[c.kernel]) for c in (chain, *chain.beside)]
-    saved = 2 * (report.NULL - report.HANDOFF)  # Each kernel starts before the other ends.
+    saved = 2 * (report.NULL - report.HANDOFF)  # Each kernel starts before the previous one ends.
     assert all(lock[c.kernel].dependent for c in (chain, *chain.beside))
     once = sum(report.launch_us(c, lock[c.kernel]) for c in chain.others)
     assert report.estimate_us(chain, lock) == pytest.approx(31 * (sum(each) - saved) + once)

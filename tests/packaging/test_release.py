@@ -172,7 +172,7 @@ def test_setting_named_on_the_command_line_is_left_out(hosts, monkeypatch, capsy
     assert "this processor" in hosts.SETTINGS and ran
     assert "this processor" not in [leg.name for leg in ran]
     assert "this processor: skipped: named on the command line" in capsys.readouterr().out
-    with pytest.raises(SystemExit, match="hosts: no setting"):
+    with pytest.raises(SystemExit, match="hosts: expected settings of"):
         hosts.main(["that"])
 
 

@@ -28,7 +28,7 @@ __global__ void spilled_kernel(float* y, int n) {
 
 @pytest.fixture
 def repository(tmp_path, monkeypatch) -> Path:
-    """Make a repository of two sources, whose locks list a kernel of each, `a_` and `b_kernel`."""
+    """Return a repository of the sources a.cu and b.cu, with `a_kernel` and `b_kernel` in locks."""
     cuda = tmp_path / "csrc/cuda"
     cuda.mkdir(parents=True)
     (cuda / "sum.cuh").write_text(HEADER)

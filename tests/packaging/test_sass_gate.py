@@ -230,7 +230,7 @@ def test_load_in_front_of_the_wait_of_a_shrink_and_any_store_there_fails(kernels
     (reason,) = gate.judge(kernels["store_kernel", "sm_90a"], [])
     assert re.match(r"STG\S* before the wait for the previous kernel, forbidden by ", reason)
     reasons = gate.judge(kernels["near_kernel", "sm_90a"], [rule])
-    assert reasons == ["nothing to measure forbid_before_wait in"]
+    assert reasons == ["forbid_before_wait: expected code to check, found none"]
 
 
 def test_code_that_a_branch_reaches_past_the_wait_counts_as_before_it():
@@ -246,7 +246,7 @@ def test_code_that_a_branch_reaches_past_the_wait_counts_as_before_it():
 def test_rule_for_a_cost_that_cannot_be_measured_in_a_kernel_fails(kernels, key):
     kernel = kernels["spill_kernel", "sm_80"]
     reasons = gate.judge(kernel, [{"match": "spill_kernel", key: 1}])
-    assert f"nothing to measure {key} in" in reasons
+    assert f"{key}: expected code to measure, found none" in reasons
 
 
 def instruction(text: str, sets: int = 7, waits: int = 0, at: int = 0) -> loops.Instruction:
@@ -387,7 +387,7 @@ def test_expand_loop_whose_store_waits_for_the_next_y_fails():
     assert [loops.turn_trips(loops.loops_of(code)) for code in (old, apart)] == [2, 1]
     assert gate.judge(gate.Kernel("sm_90a", "k", "k", code=apart), [rule]) == []
     (reason,) = gate.judge(gate.Kernel("sm_90a", "k", "k", code=old), [rule])
-    assert reason == "2 memory trips in series in a turn of a loop that multiplies (max. 1)"
+    assert reason == "2 memory trips in series in an iteration of a loop that multiplies (max. 1)"
 
 
 @pytest.mark.parametrize("arch", ARCHS)
@@ -417,7 +417,7 @@ def test_kernel_that_releases_the_next_one_before_its_wait_fails():
             ["BRA P0, 0x20", wait, release],
             ["1 ways to let the next kernel start before the wait (max. 0)"],
         ),
-        ([release], ["nothing to measure early_release in"]),
+        ([release], ["early_release: expected code to measure, found none"]),
     ):
         code = [instruction(text) for text in (*lines, "EXIT ")]
         assert gate.judge(gate.Kernel("sm_90a", "k", "k", code=code), [rule]) == reasons
@@ -442,7 +442,7 @@ RECORDED = {
     ],
 )
 def test_rules_leave_no_room_for_a_slower_kernel(key, label, planted):
-    """Check that the limits of rules are close to the recorded costs: a worse one breaks a rule."""
+    """Check that limits are close to the recorded costs: a slightly worse cost breaks a rule."""
     kernel_report = tool("kernel_report")
     cases = {one.kernel for case in kernel_report.CASES for one in case.launches}
     rules, judged = gate.load_rules(gate.RULES), 0

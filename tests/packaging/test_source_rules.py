@@ -57,7 +57,7 @@ def test_kernel_files_access_the_hardware_only_through_the_device_header():
 
 
 def test_comments_have_at_most_a_hundred_columns():
-    """Check comments. clang-format does not wrap them, because they contain tables."""
+    """Check comments, which clang-format does not wrap because some of them contain tables."""
     long = [
         f"{path.relative_to(ROOT)}:{number}"
         for path in SOURCES
@@ -147,6 +147,7 @@ depth_mix_forward depth_mix DepthMixCpu.forward depth_mix
 depth_mix_backward depth_mix DepthMixCpu.backward depth_mix_backward
 pack_weight pack_weight PackedLinearCpu.pack pack_weight
 packed_linear packed_linear PackedLinearCpu.product packed_linear
+packed_lora_linear packed_linear PackedLinearCpu.product packed_linear
 unpack_weight unpack_weight PackedBitsCpu.unpack unpack_weight
 pointwise pointwise PointwiseCpu.apply -
 row_attention row_attention RowAttentionCpu.attend row_attention
@@ -160,8 +161,8 @@ TELLINGS = {op: Tellings(*told) for op, *told in map(str.split, TABLE.splitlines
 
 
 def test_table_of_ops_equals_both_registrations():
-    settings = {"cpu_isa", "set_cpu_isa", "has_kernels", "set_debug"}
-    assert {n for n in dir(lora_ext._C) if not n.startswith("_")} - settings == OPS
+    others = {"cpu_isa", "set_cpu_isa", "has_kernels", "set_debug", "is_plain_product", "same_bits"}
+    assert {n for n in dir(lora_ext._C) if not n.startswith("_")} - others == OPS
     registered = {
         schema.name.removeprefix("lora_ext::")
         for schema in torch._C._jit_get_all_schemas()

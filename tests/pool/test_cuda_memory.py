@@ -16,13 +16,16 @@ from pool_support import (
     assert_holds,
     assert_same,
     assert_slot_holds,
+    config,
     fill,
     load,
     snapshot,
     state,
 )
 
+import lora_ext
 from lora_ext.pool import AdapterPool, _memory, _pages
+from lora_ext.rows import _past
 
 SOURCE = Path(__file__).with_name("stand_in_cuda.cpp")
 WHEELS = Path(torch.__file__).parents[1]
@@ -56,7 +59,9 @@ def driver(library, monkeypatch):
     monkeypatch.setattr(_memory.Reservation, "tensor", tensor)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda device=None: None)
     monkeypatch.setattr(
-        _pages, "memory_on", lambda device, nbytes: _memory.CudaMemory(nbytes, DEVICE, driver)
+        _pages,
+        "memory_on",
+        lambda _, *sizes: _memory.CudaMemory(sizes[0], DEVICE, driver, sizes[1]),
     )
     library.stand_in_limit.argtypes = (ctypes.c_size_t,)
     library.stand_in_taken.restype = ctypes.c_size_t
@@ -96,6 +101,33 @@ def test_pool_grows_in_pieces_at_one_address(driver, library):
     for name, seed, rank in (("x1", 1, 8), ("wide", 30, 64)):
         assert_holds(pool, name, state(seed, rank), 8 / rank)
     assert address == slab.a_pages.data_ptr()
+
+
+@pytest.mark.parametrize("dtype", [None, torch.float8_e4m3fn])
+def test_calls_do_not_read_unmapped_pages(driver, backend, dtype, monkeypatch):
+    monkeypatch.setattr(_past, "record", lambda block: None)  # It keeps blocks, and so the pool.
+    model = Base().requires_grad_(False)
+    pool = AdapterPool(model, max_slots=4, max_rank=64, dtype=dtype)
+    names, g = ("up", "embed"), torch.Generator().manual_seed(0)
+    tensors = state(0, 64, ("up",))
+    for factor, shape in (("A", (64, 7)), ("B", (12, 64))):
+        tensors[f"base_model.model.embed.lora_embedding_{factor}"] = torch.randn(shape, generator=g)
+    source = config(64, names), tensors
+    pool.load("a", source), pool.load("b", source), pool.unload("a"), pool.unload("b")
+    pool.load("c", source), pool.load("d", source)  # d has slot 0, and pages after those of c
+    x, tokens = torch.randn(300, 12, requires_grad=True, generator=g), torch.arange(300) % 7
+
+    def outputs(name):
+        with lora_ext.adapters([name, None] * 150):
+            y = model.up(x)
+            return y.detach(), *torch.autograd.grad(y.sum(), x), model.embed(tokens)
+
+    lora_ext.attach(model, pool)
+    expected = outputs("c")
+    pool.unload("d"), pool.trim()
+    assert all(map(torch.equal, outputs("c"), expected))
+    lora_ext.detach(model)
+    assert _memory.CudaMemory(1 << 20, DEVICE, driver, 5000).backed == 8192, "first page unmapped"
 
 
 def test_load_without_device_memory_leaves_the_pool_unchanged(driver, library):

@@ -14,7 +14,7 @@ AB = {"x0": 0.5, "x1": 2.0}
 
 
 def factors(pool: AdapterPool, slot: int, module: str) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the tables' scales and weight columns of the ranks of a slot, and its update."""
+    """Return the scale of each rank of a slot, from the tables, and the slot's weighted update."""
     slab: Any = pool.modules[module]
     pages = [page for page in slab.page_table[slot].tolist() if page >= 0]
     assert slab.ranks[slot] == 8 * len(pages)
@@ -160,7 +160,7 @@ def test_acquire_rejects_what_is_no_list_of_entries(given: Any) -> None:
     ("fields", "found"),
     [
         ({"use_dora": True}, "DoRA at 'up'"),
-        ({"alora_invocation_tokens": [3, 4]}, "activated one"),
+        ({"alora_invocation_tokens": [3, 4]}, "aLoRA adapter"),
         ({"modules_to_save": ["head"]}, "modules_to_save at 'head'"),
     ],
 )

@@ -119,6 +119,21 @@ def emulated(backend: Backend) -> None:
         pytest.skip("only the emulator counts launches")
 
 
+def test_replay_reads_float8_pages_of_the_current_adapters(
+    device: Device, shared_on_cpu: None
+) -> None:
+    model = Model().eval().requires_grad_(False)
+    pool = lora_ext.AdapterPool(model, max_slots=5, max_rank=16, dtype=torch.float8_e4m3fn)
+    pool.load("a", adapter(1))
+    pool.load("b", adapter(2, rank=12))
+    lora_ext.attach(model, pool, fuse_siblings=True)
+    step, x = lora_ext.capturable(pool, max_rows=4), tokens(4)
+    graph, y = captured(device, model, step, ["a", "b", None, "a"], x)
+    check(model, step, graph, y, x, ["b", None, "a", "b"])
+    pool.update("a", adapter(3))
+    check(model, step, graph, y, x, ["a", "a", None, "b"])
+
+
 # --- launches -----------------------------------------------------------------------------------
 def test_step_launches_one_copy_one_plan_and_its_ops(
     backend: Backend, device: Device, shared_on_cpu: None
@@ -328,7 +343,7 @@ def test_captures_whose_replays_could_not_use_other_adapters_are_refused(device:
         with device.capture(), pytest.raises(RuntimeError, match="found one entered inside it"):
             write_inside(pool)
         with lora_ext.adapters(["a", "a"], pool=pool):
-            with device.capture(), pytest.raises(RuntimeError, match="run once outside"):
+            with device.capture(), pytest.raises(RuntimeError, match="runs once with these"):
                 model(x)
             with lora_ext.adapters(["a", None], pool=pool):
                 pass
@@ -368,5 +383,5 @@ def test_invalid_arguments_are_refused() -> None:
     with pytest.raises(ValueError, match="max_rows: expected an integer, at least 1"):
         lora_ext.capturable(pool, 0)
     step = lora_ext.capturable(pool, 4)
-    with step, pytest.raises(RuntimeError, match="entered once"), step:
+    with step, pytest.raises(RuntimeError, match="one `with step` at a time"), step:
         pass

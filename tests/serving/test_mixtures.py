@@ -145,7 +145,7 @@ def test_mixture_equals_the_merged_adapter(dtype: torch.dtype) -> None:
         with lora_ext.adapters(weights):
             mixed = model(x)
     errors = [float((y - exact).abs().max()) for y in (mixed, reference)]
-    # The weights are rounded to float32 in a mixture, and the factors in a merged adapter.
+    # A mixture rounds the weights to float32, and a merged adapter rounds the factors.
     assert errors[0] <= 2 * errors[1] + 1e-6 * float(exact.abs().max())
     assert errors[1] < 1e-4
 
@@ -201,7 +201,7 @@ def test_compiled_model_with_a_mixture_as_default_requires_a_block() -> None:
     with torch.no_grad():
         with lora_ext.adapters("blue"):
             torch.testing.assert_close(compiled(x), model(x))
-        message = "default={'blue': 2.0, 'red': 0.5}: expected a block around a compiled forward"
+        message = "default={'blue': 2.0, 'red': 0.5}: expected a compiled forward inside"
         with pytest.raises(RuntimeError, match=message):
             compiled(x)
 

@@ -176,9 +176,9 @@ def test_blocks_of_two_pools_are_independent() -> None:
 
 ERRORS: list[tuple[Any, type[Exception], str]] = [
     (["red", "gren"], KeyError, r"adapter 'gren' is not loaded; close matches: \['green'\]"),
-    ([], ValueError, r"names: expected a name or a list of names, found \[\]"),
-    (7, ValueError, "names: expected a name or a list of names, found 7"),
-    (iter(["red"]), ValueError, r"a list of names, found <list_it.*; convert .* list\(names\)"),
+    ([], ValueError, r"names: expected a name or a non-empty list of names, found \[\]"),
+    (7, ValueError, "names: expected a name or a non-empty list of names, found 7"),
+    (iter(["red"]), ValueError, r"list of names, found <list_it.*; convert .* list\(names\)"),
     (["red", 3], ValueError, r"names: expected names \(str or None\), found \['red', 3\]"),
     ([["red"], ["red", "red"]], ValueError, r"same number of names for every seq.*\[1, 2\]"),
     (["red"] * 3, ValueError, r"expected a batch of 3 sequences, or 3 rows, found .*\(4, 5, feat"),
@@ -229,7 +229,7 @@ def test_forward_after_its_block_was_exited_raises() -> None:
     model = make()
     with lora_ext.adapters("red"):
         kept = contextvars.copy_context()
-    with pytest.raises(RuntimeError, match="the block was left while work started inside it"):
+    with pytest.raises(RuntimeError, match="the block was left while tasks or threads"):
         kept.run(model, inputs(4, 5))
 
 

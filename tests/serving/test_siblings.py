@@ -290,7 +290,7 @@ def test_shared_outputs_are_dropped_when_their_block_is_exited() -> None:
     model, _ = taught(default="error")
     with serving(model):
         model.q(x)
-    with torch.no_grad(), pytest.raises(RuntimeError, match="expected a block around"):
+    with torch.no_grad(), pytest.raises(RuntimeError, match="expected an adapters block around"):
         model.k(x)
 
 

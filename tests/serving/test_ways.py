@@ -49,10 +49,10 @@ BELOW = _below()
 
 
 class Way:
-    """Recorder of the calls from file to file while it is entered.
+    """Context manager that records the calls from file to file.
 
     Args:
-        handed: Returns whether the file of a call counts as visited. Other calls are only steps.
+        handed: Returns whether a call adds its file to ``stays``, the list of visited files.
     """
 
     def __init__(self, handed: Callable[[FrameType], bool]):

@@ -1,5 +1,4 @@
-"""Tenants of a service with a tiny Llama: equality with a plain loop, isolation, saving,
-sampling."""
+"""Tenants of a service with a tiny Llama: equality with a plain loop, saving, sampling."""
 
 from __future__ import annotations
 
@@ -21,6 +20,7 @@ from service_held import held
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
+import lora_ext
 from lora_ext.tenants import Datum, QueueFullError, Service, Tenant
 from lora_ext.tenants._live import Optimizer, checked_settings
 from lora_ext.tenants._sampler import SamplingModel
@@ -32,16 +32,9 @@ VOCAB, NAN = 97, float("nan")
 
 def llama() -> Any:
     torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=VOCAB,
-        hidden_size=64,
-        intermediate_size=96,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=128,
-        eos_token_id=None,
-    )
+    shape: Any = {"vocab_size": VOCAB, "hidden_size": 64, "intermediate_size": 96}
+    heads: Any = {"num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
+    config = LlamaConfig(**shape, **heads, max_position_embeddings=128, eos_token_id=None)
     return LlamaForCausalLM(config).eval()
 
 
@@ -319,9 +312,8 @@ def test_call_split_into_steps_equals_the_sum_of_its_data(service: Service) -> N
     norm = tenant.optim_step(0.0).result().metrics["grad_norm:mean"]
     for d in data:
         tenant.forward_backward([d]).result()
-    assert math.isclose(
-        norm, tenant.optim_step(0.0).result().metrics["grad_norm:mean"], rel_tol=1e-5
-    )
+    other = tenant.optim_step(0.0).result().metrics["grad_norm:mean"]
+    assert math.isclose(norm, other, rel_tol=1e-5)
     each = [tenant.forward([d]).result().logprobs[0] for d in data[:3]]
     for a, b in zip(each, result.logprobs, strict=False):
         assert torch.allclose(a, b, atol=1e-6)
@@ -346,6 +338,9 @@ def test_saved_tenant_resumes_training_and_paths_stay_in_the_store(
             tenant.save(path)
         with pytest.raises(ValueError, match="path"):
             service.load(path)
+    pool = lora_ext.AdapterPool(llama(), dtype=torch.float8_e4m3fn)
+    pool.load("one", tmp_path / "store/runs/one")
+    assert pool.modules["model.layers.0.mlp.down_proj"].a_pages.dtype == torch.float8_e4m3fn
     tenant.restore("runs/one")
     assert not all(map(torch.equal, factors(tenant), factors(again)))
 

@@ -19,7 +19,7 @@ from torch import Tensor
 
 VOCABULARY = 97
 RANKS = {"a": 4, "b": 8, "c": 3, "d": 16, "e": 8, "f": 5}
-# This adapter has other modules, including the output head and the embedding.
+# Adapters with these options have other modules, including the output head and the embedding.
 HEAD = {"r": 8, "target_modules": ["q_proj", "down_proj", "lm_head", "embed_tokens"]}
 ADAPTERS = {name: {"r": r, "target_modules": "all-linear"} for name, r in RANKS.items()} | {
     "head": HEAD,
@@ -46,7 +46,7 @@ def config(**changes: Any) -> transformers.LlamaConfig:
 
 
 def filled(model: torch.nn.Module, seed: int, only: str = "") -> Any:
-    """Set the matrices whose names contain ``only`` to random values, with which answers differ."""
+    """Fill the matrices whose names contain ``only`` with random values, and return the model."""
     generator = torch.Generator().manual_seed(seed)
     for name, p in model.named_parameters():
         if p.dim() > 1 and only in name:

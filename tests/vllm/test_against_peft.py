@@ -39,7 +39,7 @@ def test_ranks_of_the_adapters_are_used_instead_of_the_maximum(engine):
     assert len(met) >= 2 * 7
     for stack in met:
         found = [int(stack.ranks[slots[name]]) for name in "abcd"]
-        assert found in ([4, 8, 3, 16], [0] * 4)  # 0 in the output head, which they do not adapt
+        assert found in ([4, 8, 3, 16], [0] * 4)  # rank 0 in the head, which has no adapter
 
 
 def test_rows_of_the_base_model_are_correct_if_all_slots_are_full(engine, peft_model):

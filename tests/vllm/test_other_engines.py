@@ -29,8 +29,7 @@ def test_bfloat16_is_as_close_to_peft_as_the_vllm_kernels(make_engine, peft_mode
 
 
 def test_engine_that_may_compile_gives_the_same_results(make_engine, peft_model):
-    """Check an engine with compilation enabled, although with LoRA, vLLM compiles nothing on the
-    CPU."""
+    """Check an engine with compilation enabled. On the CPU, vLLM compiles nothing with LoRA."""
     with make_engine(enforce_eager=False) as engine:
         assert int(engine.runner.compilation_config.mode) == 0
         peft_model.check(engine.run(NAMES), NAMES, ATOL)

@@ -7,8 +7,9 @@ import torch
 
 SLOTS, RANK, WIDTH, OUT = 4, 8, 6, 5
 CONFIG = SimpleNamespace(
-    max_loras=SLOTS, max_lora_rank=RANK, specialize_active_lora=False, fully_sharded_loras=False
-)
+    max_loras=SLOTS, max_lora_rank=RANK, lora_dtype=torch.float32,
+    specialize_active_lora=False, fully_sharded_loras=False,
+)  # fmt: skip
 
 
 class NoTriton:

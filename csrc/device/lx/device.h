@@ -1,10 +1,10 @@
 // The only header through which a kernel uses CUDA.
 //
-// A file under csrc/cuda includes this header and csrc/include, no header of CUDA or torch, and
-// contains no `asm`. nvcc compiles it for a GPU (lx/hardware.h: one intrinsic or PTX instruction
-// per wrapper). g++ with -DLX_EMULATE compiles the same text for the emulator (lx/emulated.h,
-// csrc/emu). docs/notes/emulator.md explains how to write such a kernel and what a run in the
-// emulator proves.
+// A file under csrc/cuda includes this header and headers of csrc/include, but no header of CUDA or
+// torch, and contains no `asm`. nvcc compiles it for a GPU (lx/hardware.h: one intrinsic or PTX
+// instruction per wrapper). g++ with -DLX_EMULATE compiles the same text for the emulator
+// (lx/emulated.h, csrc/emu). docs/notes/emulator.md explains how to write such a kernel and what a
+// run in the emulator proves.
 //
 // Both implementations provide CUDA's qualifiers, vector types, threadIdx, blockIdx, blockDim and
 // gridDim, and:

@@ -7,7 +7,7 @@
 #include <tuple>
 #include <utility>
 
-// CUDA's half-precision headers define its qualifiers; g++ does not support __launch_bounds__.
+// The half-precision headers define CUDA's qualifiers. g++ does not support __launch_bounds__.
 #undef __launch_bounds__
 #define __launch_bounds__(...)
 #undef __grid_constant__
@@ -36,7 +36,7 @@
 namespace lx {
 namespace emu {
 
-// Source location of a call. Wrappers that can fail or block take it as default argument.
+// Source location of a call. Wrappers that can fail or block take it as a default argument.
 using Site = std::source_location;
 
 struct Self {
@@ -267,7 +267,7 @@ inline T atomic_compare_exchange(T* p, T expected, T desired,
     return emu::atomic_as(emu::Atomic::kCompareExchange, p, desired, expected, site);
 }
 
-// Loads and stores with cache hints are plain here; _emu_check checks their full width.
+// Loads and stores with cache hints are plain here. The check flavour checks their full width.
 template <class T>
 inline T* element(T* p, int n, int bytes) {
     return reinterpret_cast<T*>(reinterpret_cast<uintptr_t>(p) +

@@ -71,11 +71,12 @@ inline int fill_bytes(void* pointer, int value, size_t bytes, void* stream) {
 namespace detail {
 struct KernelFacts {
     cudaError_t error;
-    bool can_wait;  // its code was built for sm_90 or later
+    bool can_wait;  // whether the code was built for sm_90 or later
 };
 // Returns properties of a kernel on the current device, read once. A kernel with more than 48 KiB
-// of shared memory, static arrays included, must opt in. This opts in to the maximum, because other
-// threads use the same limit of the function and may be launching it with another size.
+// of shared memory, static arrays included, must opt in. This function opts in to the maximum,
+// because the limit of a kernel is the same for all threads, and another thread may be launching
+// the kernel with a larger size.
 inline KernelFacts kernel_facts(const void* kernel) {
     const auto ask = [&] {
         cudaFuncAttributes built{};
@@ -113,8 +114,8 @@ int launch(const char*, bool dependent, void (*kernel)(Params...), dim3 grid, di
         config.numAttrs = dependent && facts.can_wait ? 1 : 0;
         error = cudaLaunchKernelEx(&config, kernel, std::forward<Args>(args)...);
     }
-    // The caller receives the error's code. This clears the error, which the next unrelated check
-    // would otherwise report again.
+    // The caller receives the error's code. The call below clears the error, which the next
+    // unrelated check would otherwise report again.
     if (error != cudaSuccess) cudaGetLastError();
     return error;
 }
@@ -300,8 +301,8 @@ LX_INLINE T atomic_compare_exchange(T* p, T expected, T desired) {
 // ------------------------------------------------------------------------------------------------
 // Loads and stores. With a cache hint, T has 4, 8 or 16 bytes (load_nc: also 2).
 
-// Returns the address of element n after p, of elements of `bytes` bytes. The product has 64 bits.
-// In a loop, the compiler would multiply by a 64-bit form of `bytes`, in three instructions.
+// Returns p + n * bytes (in bytes) by one instruction with a 64-bit product. In a loop, the
+// compiler would multiply by `bytes` as a 64-bit number, which takes three instructions.
 template <class T>
 LX_INLINE T* element(T* p, int n, int bytes) {
     T* address;
@@ -309,8 +310,9 @@ LX_INLINE T* element(T* p, int n, int bytes) {
     return address;
 }
 
-// Access to global memory without a hint, for a T of any size. For pointers whose address space the
-// compiler cannot deduce, for example after a selection or a round trip through shared memory.
+// Accesses to global memory without a hint, for a T of any size. They are needed for pointers whose
+// address space the compiler cannot deduce, for example after a selection or a round trip through
+// shared memory.
 template <class T>
 LX_INLINE T load_global(const T* p) {
     __builtin_assume(__isGlobal(p));
@@ -321,7 +323,7 @@ LX_INLINE void store_global(T* p, const T& x) {
     __builtin_assume(__isGlobal(p));
     *p = x;
 }
-// Load through the read-only path: the bytes must not change while the kernel runs.
+// Loads through the read-only path. The bytes must not change while the kernel runs.
 template <class T>
 LX_INLINE T load_nc(const T* p) {
     static_assert(sizeof(T) == 2 || sizeof(T) == 4 || sizeof(T) == 8 || sizeof(T) == 16);
@@ -335,7 +337,7 @@ LX_INLINE T load_nc(const T* p) {
         return bit_cast<T>(__ldg(reinterpret_cast<const uint4*>(p)));
     }
 }
-// Like load_nc, but does not allocate in L1: for data that is read once.
+// Loads like load_nc, but without an allocation in L1, for data that is read once.
 template <class T>
 LX_INLINE T load_stream(const T* p) {
     static_assert(sizeof(T) == 4 || sizeof(T) == 8 || sizeof(T) == 16);
@@ -357,7 +359,7 @@ LX_INLINE T load_stream(const T* p) {
         return bit_cast<T>(x);
     }
 }
-// Load from L2, since L1 may be stale: for data that another block of this launch has written.
+// Loads from L2, since L1 may be stale, for data that another block of this launch has written.
 template <class T>
 LX_INLINE T load_l2(const T* p) {
     static_assert(sizeof(T) == 4 || sizeof(T) == 8 || sizeof(T) == 16);
@@ -369,7 +371,7 @@ LX_INLINE T load_l2(const T* p) {
         return bit_cast<T>(__ldcg(reinterpret_cast<const uint4*>(p)));
     }
 }
-// Store for data that is not read soon: caches evict it first.
+// Stores data that is not read soon. Caches evict such data first.
 template <class T>
 LX_INLINE void store_stream(T* p, T x) {
     static_assert(sizeof(T) == 4 || sizeof(T) == 8 || sizeof(T) == 16);

@@ -52,7 +52,8 @@ LX_INLINE void ldmatrix_x4_trans(uint32_t (&r)[4], const void* row) {
                  : "memory");
 }
 
-// d += a b, A 16x16 row-major, B 16x8 column-major, T bf16 or f16, accumulated in float.
+// Computes d += a b for A (16x16, row-major) and B (16x8, column-major) of bf16 or f16, accumulated
+// in float.
 template <class T>
 LX_INLINE void mma_m16n8k16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
     static_assert(std::is_same_v<T, bf16> || std::is_same_v<T, f16>);
@@ -68,8 +69,8 @@ LX_INLINE void mma_m16n8k16(float (&d)[4], const uint32_t (&a)[4], const uint32_
             : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
     }
 }
-// d += a b, A 16x8, B 8x8. Each register holds the bits of a float; tf32 ignores its lower 13
-// bits.
+// Computes d += a b for A (16x8) and B (8x8). Each register holds the bits of a float; tf32 ignores
+// its lower 13 bits.
 LX_INLINE void mma_m16n8k8_tf32(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
     asm("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0, %1, %2, %3}, "
         "{%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"

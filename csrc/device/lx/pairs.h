@@ -8,6 +8,8 @@
 //       constants, the compiler would use two.
 //   lx::subtract_pairs<T>(a, b)
 //       returns a - b for pairs of numbers of type T, bf16 or f16, each rounded to nearest even.
+//   lx::multiply_pairs<T>(a, b)
+//       returns a * b, rounded in the same way; subnormals are not flushed to zero.
 #pragma once
 
 #include "lx/device.h"
@@ -22,11 +24,18 @@ inline uint32_t and_or(uint32_t a, uint32_t mask, uint32_t b) {
 }
 uint32_t subtract_bf16(uint32_t a, uint32_t b);
 uint32_t subtract_f16(uint32_t a, uint32_t b);
+uint32_t multiply_bf16(uint32_t a, uint32_t b);
+uint32_t multiply_f16(uint32_t a, uint32_t b);
 
 template <class T>
 inline uint32_t subtract_pairs(uint32_t a, uint32_t b) {
     static_assert(std::is_same_v<T, bf16> || std::is_same_v<T, f16>);
     return std::is_same_v<T, bf16> ? subtract_bf16(a, b) : subtract_f16(a, b);
+}
+template <class T>
+inline uint32_t multiply_pairs(uint32_t a, uint32_t b) {
+    static_assert(std::is_same_v<T, bf16> || std::is_same_v<T, f16>);
+    return std::is_same_v<T, bf16> ? multiply_bf16(a, b) : multiply_f16(a, b);
 }
 
 #else
@@ -43,6 +52,10 @@ LX_DEVICE uint32_t and_or(uint32_t a, uint32_t mask, uint32_t b) {
 template <class T>
 LX_DEVICE uint32_t subtract_pairs(uint32_t a, uint32_t b) {
     return bit_cast<uint32_t>(__hsub2(bit_cast<Packed<T> >(a), bit_cast<Packed<T> >(b)));
+}
+template <class T>
+LX_DEVICE uint32_t multiply_pairs(uint32_t a, uint32_t b) {
+    return bit_cast<uint32_t>(__hmul2(bit_cast<Packed<T> >(a), bit_cast<Packed<T> >(b)));
 }
 
 #endif

@@ -11,7 +11,7 @@
 // column = child state. All are logits; the kernels normalise them over the last axis. The batch
 // stride may be 0: all rows then share the parameters. x (B, K) int64, -1 = marginalised.
 //
-// All functions use one walk from left to right that keeps cur[z] = log p(state at k = z, x_<k):
+// All functions visit the positions in order, with cur[z] = log p(state at k = z, x_<k):
 //
 //   observe position k    L_k = logsumexp(cur + e_k), then cur += e_k
 //   step of a chain       cur'[z'] = logsumexp_z(cur[z] + A[z, z'])
@@ -67,8 +67,8 @@ LX_HOST_DEVICE constexpr int64_t circuit_tree_levels(int64_t n_token) {
     return levels;
 }
 
-// Input of the walk. A btree over at most two positions and an hmm over one position have no
-// matrix. csrc/ops passes them as cp, because the walks do not support a tree without a matrix.
+// A circuit without its leaves. A btree over at most two positions and an hmm over one position
+// have no matrix. csrc/ops passes them as cp, because no function supports a tree without a matrix.
 struct CircuitParams {
     CircuitKind kind = CircuitKind::kCP;
     DType dtype = DType::kFloat32;  // dtype of prior and trans; kFloat64 only with float64 leaves

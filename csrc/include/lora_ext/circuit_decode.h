@@ -23,7 +23,8 @@
 
 namespace lora_ext {
 
-// Circuit with the logits of its leaves. With a stride of 0 all rows of the batch share them.
+// Circuit with the logits of its leaves. With a stride of 0, all rows of the batch share the
+// logits.
 struct CircuitLogits {
     CircuitParams circuit;
     DType dtype = DType::kFloat32;

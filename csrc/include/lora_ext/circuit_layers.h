@@ -8,7 +8,7 @@
 // A program of int32 numbers describes the computation. Its nodes are regions, children before
 // parents. A node has products, each the sum of log-values of child units, and sums over them:
 //
-//   l[out + o] = log sum_i W[o, i] exp(term[i])     W, -inf and the rescue: see circuit_sum.h
+//   l[out + o] = log sum_i W[o, i] exp(term[i])     W, -inf and underflow: see circuit_sum.h
 //
 // or, for the max-product, max_i (log W[o, i] + term[i]).
 //
@@ -98,8 +98,9 @@ struct LayersProgram {
     LX_HOST_DEVICE const int32_t* draws() const { return at + draws_at(); }
 };
 
-// Launch plan of a program, in host memory: counts of units, leaves, rows, nodes, matrices, roots,
-// numbers of the program, stages, variables, uniforms of a walk; then four numbers per stage.
+// Numbers of a program's launch plan (LayersPlan), in host memory: the counts of units, leaves,
+// rows, nodes, matrices, roots, numbers of the program, stages, variables, and uniforms of a walk;
+// then the four numbers of LayersStage for each stage.
 struct LayersStage {
     int64_t begin, end, units, width;  // range of nodes; largest units and width of a node
 };
@@ -170,7 +171,7 @@ struct LayersArgs {
     WeightNorm norm = WeightNorm::kLogits;
     bool max_product = false;
     LayersPrecision precision = LayersPrecision::kFloat32;  // forward only
-    LayersProgram program = {nullptr};                      // on the device of the values
+    LayersProgram program = {nullptr};                      // numbers on the device of the values
     LayersPlan plan = {nullptr};
     int64_t rows = 0, lanes = 0;
     const void* leaf = nullptr;  // (B, N)

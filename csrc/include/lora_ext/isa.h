@@ -10,7 +10,7 @@
 
 namespace lora_ext {
 
-// In ascending order: a machine that supports one supports all before it.
+// In ascending order: a machine that supports an instruction set supports all sets before it.
 enum class Isa : int32_t { kScalar, kAvx2, kAvx512, kAvx512Bf16 };
 
 const char* isa_name(Isa isa);  // "scalar", "avx2", "avx512", "avx512bf16"

@@ -1,7 +1,7 @@
 // Batched multi-adapter LoRA: the interface and data layouts of CUDA kernels and CPU twins.
 //
 //   s       = adapter_ids[t]
-//   v[t, :] = scale[s] * a[s] x[t, :]             rank-of-s entries, float32 (float64 for float64)
+//   v[t, :] = scale[s] * a[s] x[t, :]             (rank of s,) float32 (float64 for float64)
 //   y[t, :] = round(y[t, :] + b[s] v[t, :])       rounded once, to the dtype of y
 //
 // With factors (has_factors), rank r of page p = r / 8 is v[t, r] = (scale[s, p] * sum) *
@@ -61,6 +61,9 @@ struct LoraBank {
     // True if every page has memory for all 8 ranks: for a pool, and if max_rank % 8 == 0.
     bool full_pages = false;
     bool scale_per_page = false;
+    // True if the pages are float8_e4m3fn, at most kRankSpan ranks of a pool. CPU twins read such
+    // pages, and so do CUDA kernels if lora_reads_float8() is true.
+    bool float8 = false;
     int32_t num_groups = 1;  // columns of weights
 };
 
@@ -84,7 +87,8 @@ enum PlanField : int32_t {
     kPlanHeader = 8,
 };
 
-// Return the rows per chunk, from sizes that the host knows: few to decode, a tile to prefill.
+// Return the maximum number of rows per chunk: a few in decode, a tile in prefill. It depends only
+// on num_tokens, which the host knows.
 constexpr int32_t lora_chunk_rows(int64_t num_tokens) {
     return num_tokens <= 256 ? 16 : num_tokens < 4096 ? 64 : 128;
 }
@@ -106,7 +110,8 @@ struct LoraPlanLayout {
 struct LoraPlanArgs {
     const void* adapter_ids = nullptr;  // (T,) int64 or int32
     bool ids_are_int64 = true;
-    // Address of a number on the device of the ids, or nullptr: rows at or beyond it have id -1.
+    // Number of valid rows, on the device of the ids: rows at or beyond it have id -1. nullptr: all
+    // rows are valid.
     const int32_t* num_valid = nullptr;
     int64_t num_tokens = 0;
     int32_t num_adapters = 0;
@@ -136,11 +141,11 @@ struct LoraArgs {
 };
 
 // Returns whether the factor of v differs between the rows or the pages of an adapter. Shrink then
-// computes sums alone, and a later step multiplies them.
+// computes only the sums, and a later step multiplies them by the factors.
 constexpr bool has_factors(const LoraArgs& args) {
     return args.weights || args.bank.scale_per_page;
 }
-// Returns the arguments of a shrink that computes sums alone.
+// Returns `args` without scales and weights, for a shrink that computes only the sums.
 inline LoraArgs without_factors(LoraArgs args) {
     args.bank.scale = nullptr;
     args.bank.scale_per_page = false;
@@ -148,9 +153,9 @@ inline LoraArgs without_factors(LoraArgs args) {
     return args;
 }
 
-// Modules of one call that share their rows (q, k, v): their LoraArgs differ only in bank, y, v and
-// workspace, with the same number of adapters. Each y is bitwise equal to the result of a call with
-// that module alone.
+// Largest number of siblings, that is, modules of one call that share their rows (q, k, v). Their
+// LoraArgs differ only in bank, y, v and workspace, and have the same number of adapters. Each y is
+// bitwise equal to the result of a call with that module alone.
 constexpr int kMaxSiblings = 8;
 
 // Largest number of ranks that CPU twins process at once, so that no buffer grows with the rank.
@@ -184,6 +189,9 @@ LaunchStatus launch_lora_segment_ids(const int32_t* seg_indptr, const int32_t* s
                                      void* stream);
 // Largest number of rows for which plan may be nullptr.
 constexpr int64_t kPlanlessTokens = 32;
+// Returns whether kernels read the float8 pages of a call: 16-bit rows, at most 256, and aligned
+// memory. A call without y shrinks, one without x expands.
+bool lora_reads_float8(const LoraArgs& args);
 // Reads only the sizes in `args`. The workspace must be aligned to 16 bytes.
 int64_t lora_workspace_bytes(const LoraArgs& args);
 LaunchStatus launch_lora_shrink(const LoraArgs& args, void* stream);  // x -> v

@@ -65,13 +65,14 @@ LX_HOST_DEVICE constexpr GramTile gram_tile(int64_t item, int64_t rank) {
     return {item >= half, row * kGramTile, place * kGramTile};
 }
 
-// Both compute items [begin, end) of num_adapters * items and skip items that an adapter lacks.
+// Both functions compute items [begin, end) of num_adapters * items, and skip items that an adapter
+// does not have.
 struct GramCpu {
     void (*gram)(const GramArgs&, int64_t begin, int64_t end);
     void (*pair_stats)(const GramArgs&, int64_t begin, int64_t end);
 };
 
-// One launch per 500 adapters; their table is passed by value.
+// Each launches one kernel per 500 adapters, whose table is passed by value.
 LaunchStatus launch_lora_gram(const GramArgs& args, void* stream);
 LaunchStatus launch_lora_pair_stats(const GramArgs& args, void* stream);
 

@@ -73,7 +73,8 @@ struct LoraTrainArgs {
     int64_t dweights_row_stride = 0;
 };
 
-// Returns the arguments of a product that computes sums alone.
+// Returns `args` without scales, weights and 1 / (1 - p), for a product that computes only the
+// sums.
 inline LoraTrainArgs without_factors(LoraTrainArgs args) {
     args.lora = without_factors(args.lora);
     args.dropout.inverse_keep = 1.0f;
@@ -99,7 +100,7 @@ struct LoraTrainCpu {
     // span, band), are followed by those of dx, (block of inputs, chunk).
     int64_t (*da_dx_items)(const LoraTrainArgs&);
     void (*da_dx)(const LoraTrainArgs&, int64_t begin, int64_t end);
-    // With factors, instead of c in shrink and dv; items are chunks.
+    // With factors, shrink and dv omit c, and these two functions apply it. Items are chunks.
     // v = c * v; if wanted, weighed = v * w
     void (*weigh)(const LoraTrainArgs&, int64_t begin, int64_t end);
     // On entry dv is u. Each if requested: dweights += <u, v>; dv = (c * u) * w; weighed = v * w

@@ -10,8 +10,9 @@
 // update   adds one chunk to the running state of its rows (FlashAttention's online softmax): the
 //          largest logit, the sum of exp(z - top), and z[y] or sum_v exp(z_k - top_k) (z_k - z_e).
 //          With `products` it replaces the logits by the weights exp(z - top) dz/draw and rescales
-//          the products so far; the caller then adds weights W to them. For cross entropy, sum and
-//          weights exclude the label's column, since digits of q - 1 would be lost to cancellation.
+//          the products so far; the caller then adds the product of weights and W, the chunk of the
+//          output matrix, to them. For cross entropy, sum and weights exclude the label's column,
+//          since digits of q - 1 would be lost to cancellation.
 // finish   computes loss and lse from the state, and dloss/dhidden from the products.
 // gradient replaces recomputed logits by dloss/draw, except the teacher's.
 #pragma once

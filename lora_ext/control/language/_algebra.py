@@ -1,4 +1,4 @@
-"""Deterministic automata as arrays: minimisation, products, complements, and bytes to tokens.
+"""Deterministic automata as arrays: minimise, combine, and convert from bytes to tokens.
 
 An automaton of ``S`` states has a table ``(S, classes)`` of next states (-1 if there is none), a
 flag per state that is True if a text may end there, and a start state. A class is a set of symbols
@@ -26,7 +26,8 @@ class Automaton(NamedTuple):
     """Deterministic finite automaton.
 
     Attributes:
-        class_of: Class of each symbol, ``(symbols,)``, or -1 if no state has an edge for it.
+        class_of: Class of each symbol, ``(symbols,)``, or -1 if no state has an edge for the
+            symbol.
         table: Next states ``(S, classes)`` int32; -1 if there is no edge.
         final: Whether a text may end in each state, ``(S,)`` bool.
         start: Start state.
@@ -60,10 +61,11 @@ def explored(
     part: str,
     clock: Clock,
 ) -> tuple[Ints, list[State]]:
-    """Return the table of all states that can be reached from ``start``, and these states.
+    """Return the table of all states that can be reached from ``start``, and the list of these
+    states.
 
-    ``edges`` returns the transitions of a state: the classes that are read, and the next state.
-    The start is state 0.
+    ``edges`` returns the transitions of a state: pairs of the classes that are read and the next
+    state. The start has index 0.
     """
     number, states = {start: 0}, [start]
     rows: list[Ints] = []
@@ -246,13 +248,14 @@ def _with_sink(a: Automaton) -> Ints:
 def over_tokens(
     byte: Automaton, tokens: Sequence[bytes | None], clock: Clock, part: str
 ) -> Automaton:
-    """Convert an automaton over bytes to one over tokens that accepts every tokenization of a text.
+    """Convert an automaton over bytes to an automaton over tokens, which accepts all tokenizations
+    of the same texts.
 
     Args:
         byte: Automaton over the 256 values of a byte.
         tokens: Bytes of each token; None for a token without text, which gets no edge.
         clock: Limits of time and size.
-        part: Origin of the size for error messages, such as "3 states times 4".
+        part: Description of the size in error messages, such as "3 states times 4".
     """
     # Tokens with equal sequences of byte classes have equal columns, so they are one class.
     reads = byte.class_of.astype(np.uint8).tobytes()
@@ -267,7 +270,7 @@ def over_tokens(
     table = np.full((len(byte.table), len(spelled)), -1, np.int32)
     clock.table(table.nbytes, part)
     levels = _prefixes(list(spelled))
-    # Index -1 is the last row. Filled with -1, it makes the state -1 absorbing.
+    # Index -1 means the last row. This row contains only -1, so that the state -1 is absorbing.
     step = np.append(byte.table, np.full((1, byte.table.shape[1]), -1, np.int32), 0)
     chunk = max(1, _CHUNK // max(1, len(spelled)))
     for low in range(0, len(table), chunk):

@@ -18,7 +18,8 @@ _VERBOSE = re.compile(r"\(\?[a-zA-Z]*x")
 
 
 def unanchored(where: str, argument: str, pattern: str) -> str:
-    """Remove the ``^`` at the beginning and the ``$`` at the end of an expression's alternatives.
+    """Return an expression without the ``^`` at the beginning and the ``$`` at the end of its
+    alternatives.
 
     Args:
         where: Name of the caller, for the error message.
@@ -26,7 +27,7 @@ def unanchored(where: str, argument: str, pattern: str) -> str:
         pattern: Expression in the syntax of Rust's regex crate.
 
     Raises:
-        ValueError: If there is an anchor in another position.
+        ValueError: If there is an anchor in any other position.
     """
     parts = _PART.findall(pattern)
     # A verbose expression may have comments with brackets, which hide where alternatives end. Then
@@ -54,7 +55,7 @@ def unanchored(where: str, argument: str, pattern: str) -> str:
 
 
 def _ends(parts: list[str], place: int, verbose: bool) -> bool:
-    """Return whether only end anchors follow a part in its alternative."""
+    """Return whether only end anchors follow ``parts[place]`` up to the next ``|`` or the end."""
     for part in parts[place + 1 :]:
         if part not in _END:
             return part == "|" and not verbose

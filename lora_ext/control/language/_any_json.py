@@ -10,12 +10,11 @@ from ._algebra import Automaton, explored
 from ._limits import Clock
 
 DEPTH = 3  # levels of nested objects and arrays
-Moves = list[tuple[Iterable[int], str]]  # bytes that are read, and the next place
+Moves = list[tuple[Iterable[int], str]]  # bytes that are read, and the next place in the grammar
 Rules = dict[str, Moves]
 _DIGITS, _HEX = b"0123456789", b"0123456789abcdefABCDEF"
 _PLAIN = bytes(b for b in range(32, 127) if b not in b'"\\')
-# Multi-byte characters of UTF-8: range of the first byte, range of the second byte, and number of
-# further bytes.
+# Multi-byte characters of UTF-8: ranges of the first and second byte, number of further bytes.
 _LETTERS = [
     (range(0xC2, 0xE0), range(0x80, 0xC0), 0),
     (range(0xE0, 0xE1), range(0xA0, 0xC0), 1),
@@ -26,7 +25,8 @@ _LETTERS = [
     (range(0xF1, 0xF4), range(0x80, 0xC0), 2),
     (range(0xF4, 0xF5), range(0x80, 0x90), 2),
 ]
-# Transitions inside a number by the kind of its last byte. "0", "1", ".1" and "e1" may be the end.
+# Transitions inside a number, by kind of its last byte. The number may end after "0", "1", ".1" and
+# "e1".
 _NUMBER: Rules = {
     "-": [(b"0", "0"), (b"123456789", "1")],
     "0": [(b".", "."), (b"eE", "e")],
@@ -72,7 +72,7 @@ def json_object(depth: int, clock: Clock) -> Automaton:
 
 
 def _rules() -> Rules:
-    """Return the transitions that neither open nor close a container, by place."""
+    """Return the transitions that neither open nor close a container, by place in the grammar."""
     value: Moves = [(b'"', "text"), (b"-", "-"), *_NUMBER["-"]]
     rules: Rules = {place: [*moves] for place, moves in _NUMBER.items()}
     rules["value end"] = []

@@ -1,7 +1,8 @@
 """Child program that converts a regular expression or a schema to an automaton over bytes.
 
-It runs as a child process because outlines-core cannot be interrupted, and a few characters can
-require more states than fit into memory. It does not import this package and receives no tokens.
+The program is a child process because outlines-core cannot be interrupted, and a few characters can
+require more states than fit into memory. The program does not import this package and receives no
+tokens.
 
 Standard input is a JSON object with ``folder`` (of outlines_core), the limits ``seconds`` and
 ``bytes``, ``pattern`` or ``schema``, and ``inner``: patterns that must only match the inside of a

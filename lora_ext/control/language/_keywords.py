@@ -34,8 +34,8 @@ def keywords(all_of: Sequence[Group], none_of: Sequence[str], clock: Clock) -> A
     """Return the automaton of texts that contain a word of each group of ``all_of`` and no word of
     ``none_of``.
 
-    A state consists of a state of the Aho-Corasick automaton of all words and the set of groups of
-    which a word has occurred.
+    A state is a pair: a state of the Aho-Corasick automaton of all words, and the set of the groups
+    with a word that has occurred.
     """
     groups = [_group(f"all_of[{i}]", g) for i, g in enumerate(_listed("all_of", all_of))]
     banned = [_word("none_of", w) for w in _listed("none_of", none_of)]
@@ -50,7 +50,7 @@ def keywords(all_of: Sequence[Group], none_of: Sequence[str], clock: Clock) -> A
     every = never - 1
     letters = sorted({b for g in [*groups, banned] for w in g for b in w})
     moves, seen = tree.moves(letters, marks)
-    part = f"the words times 2^{len(groups)} sets of them that have occurred"
+    part = f"the words times 2^{len(groups)} sets of groups that have occurred"
 
     def edges(state: tuple[int, int]) -> Iterator[tuple[Sequence[int], tuple[int, int]]]:
         node, have = state
@@ -97,7 +97,7 @@ class _Tree:
         moves[0] = [self.below[0].get(b, 0) for b in letters]
         place_of = {b: i for i, b in enumerate(letters)}
         queue = [(child, 0) for child in self.below[0].values()]
-        for node, back in queue:  # In order of depth, so `back`, the longest suffix, is complete.
+        for node, back in queue:  # sorted by depth, so `back`, the longest suffix, is complete
             seen[node] |= seen[back]
             moves[node] = [self.below[node].get(b, moves[back][i]) for i, b in enumerate(letters)]
             queue += [(child, moves[back][place_of[b]]) for b, child in self.below[node].items()]

@@ -24,7 +24,7 @@ class Limits:
     Attributes:
         max_states: Largest number of states of the automaton over tokens.
         max_table_bytes: Largest number of bytes of one table. If the tables of a guide are larger,
-            only some of them are stored and the others are recomputed.
+            only some tables are stored and all other tables are recomputed.
         max_seconds: Longest time for building one constraint, in seconds.
         max_pattern: Largest number of characters of a regular expression, or of a schema as JSON.
     """
@@ -49,10 +49,10 @@ DEFAULT = Limits()
 
 
 class Clock:
-    """Checks of the time and sizes of one construction.
+    """Time and sizes of one automaton under construction, checked against limits.
 
     Args:
-        what: Name of the construction, for messages.
+        what: Name of what is constructed, for messages.
         limits: Limits to check.
     """
 
@@ -67,27 +67,27 @@ class Clock:
         return max(0.0, self._end - time.monotonic())
 
     def look(self, part: str) -> None:
-        """Raise ConstraintTooLarge after the time limit; ``part`` describes the current step."""
+        """Raise ConstraintTooLarge if the time is over; ``part`` describes the current step."""
         if time.monotonic() > self._end:
             self.refuse(f"{self.limits.max_seconds} seconds", f"more ({part})")
 
     def states(self, found: int, part: str, merged: bool = True) -> None:
-        """Raise ConstraintTooLarge for too many states.
+        """Raise ConstraintTooLarge if an automaton has too many states.
 
         Args:
             found: Number of states.
-            part: Origin of this number for the message, such as "3 states times 4".
-            merged: Whether equivalent states are already merged. The limit is then ``max_states``,
-                otherwise ``max_pairs``.
+            part: Description of this number in the message, such as "3 states times 4".
+            merged: True to compare with ``max_states``, for an automaton whose equivalent states
+                are merged; False to compare with ``max_pairs``.
         """
         most = self.limits.max_states if merged else self.limits.max_pairs
         if found > most:
             self.refuse(f"{most} states", f"{found} or more, from {part}")
 
     def table(self, nbytes: int, part: str) -> None:
-        """Raise ConstraintTooLarge for too many bytes of a table.
+        """Raise ConstraintTooLarge if a table is larger than ``max_table_bytes``.
 
-        ``part`` is the origin of the size for the message, such as "3 states times 4".
+        ``part`` describes the size in the message, such as "3 states times 4".
         """
         if nbytes > self.limits.max_table_bytes:
             self.refuse(f"{self.limits.max_table_bytes} bytes", f"{nbytes}, from {part}")

@@ -1,7 +1,7 @@
 """Regular expressions and JSON schemas as automata over bytes, built by outlines-core.
 
-The build runs in a child process with limits of time and memory, so that no expression can block or
-crash the caller (``_byte_automaton.py``).
+outlines-core runs in a child process (``_byte_automaton.py``) with limits of time and memory, so
+that no expression can block or crash the caller.
 """
 
 from __future__ import annotations
@@ -54,11 +54,11 @@ def json_schema(schema: dict[str, Any] | str, clock: Clock) -> Automaton:
         try:
             schema = json.loads(schema)
         except (ValueError, RecursionError) as error:
-            raise ValueError(f"{where}: expected JSON, found {error!s:.120}") from None
+            raise ValueError(f"{where}: expected JSON: {error!s:.120}") from None
     try:
         text = json.dumps(schema, allow_nan=False)
     except (TypeError, ValueError, RecursionError) as error:
-        raise ValueError(f"{where}: expected JSON values, found {error!s:.120}") from None
+        raise ValueError(f"{where}: expected JSON values: {error!s:.120}") from None
     _measure(where, text, clock)
     utf8("json_schema", "schema", json.dumps(schema, ensure_ascii=False))
     schema = json.loads(text)  # a copy, because `check` may change it

@@ -27,7 +27,7 @@ _WORDS = {
     "boolean": set(),
     "null": set(),
 }
-# Accepted formats. Others allow a quote or a backslash in the string, or are not supported.
+# Accepted formats. outlines-core allows quotes or backslashes in other formats, or lacks them.
 _FORMATS = ("date", "date-time", "uuid")
 # Replaces the pattern of outlines-core, which accepts the digits of any script in a date.
 _DATE = "[0-9]{4}-(?:0[1-9]|1[0-2])-(?:0[1-9]|[12][0-9]|3[01])"
@@ -61,10 +61,11 @@ def _check(
         schema: Schema to check.
         root: Outermost schema, which ``$ref`` refers to.
         at: Place of the schema, for error messages.
-        refs: Targets of ``$ref`` that contain this schema. A ``$ref`` to one of them is a cycle.
+        refs: Targets of ``$ref`` that contain this schema. A ``$ref`` to one of these targets is a
+            cycle.
         patterns: List to which the patterns of the schema are appended.
-        seen: Targets of ``$ref`` that were checked. Each is checked only once, because otherwise
-            nested references could double the work at each level.
+        seen: Targets of ``$ref`` that were checked. Each target is checked only once, because
+            otherwise nested references could double the work at each level.
     """
     require(isinstance(schema, Mapping), _WHERE, at, "an object", repr(schema)[:80])
     if at.count("/") > 2 * _MOST_DEPTH:
@@ -75,7 +76,7 @@ def _check(
             continue
         allowed = {choice, "type"} if choice in ("enum", "const") else {choice}
         if others := sorted(set(words) - allowed):
-            _refuse(at, f"{others[0]} beside {choice}")
+            _refuse(at, f"{others[0]} together with {choice}")
         if choice == "$ref":
             name = words["$ref"]
             if name in refs:
@@ -112,7 +113,7 @@ def _check(
         _refuse(at, others[0])
     if not isinstance(kinds, str):
         if words:
-            _refuse(at, f"{sorted(words)[0]} beside several types (use anyOf)")
+            _refuse(at, f"{sorted(words)[0]} with several types (use anyOf)")
         if {"object", "array"} & set(kinds):
             _refuse(at, "an object or array among several types (use anyOf)")
         return
@@ -129,7 +130,7 @@ def _string(schema: dict[str, Any], words: Mapping[str, Any], at: str, patterns:
     quotes of the string.
     """
     if len(words) > 1 and {"pattern", "format"} & set(words):
-        _refuse(at, "pattern or format beside another keyword for strings")
+        _refuse(at, "pattern or format together with another keyword for strings")
     if "format" in words and words["format"] not in _FORMATS:
         _refuse(at, f"format {words['format']!r:.40}")
     if words.get("format") == "date":
@@ -173,7 +174,7 @@ def _plain(value: Any, at: str) -> None:
 def _unescaped(name: str, at: str) -> None:
     """Raise NotImplementedError for a property name with characters that JSON escapes.
 
-    outlines-core does not escape them.
+    outlines-core does not escape these characters.
     """
     if json.dumps(name, ensure_ascii=False) != f'"{name}"':
         _refuse(at, f"the name {name!r:.40}, which has a character that JSON escapes")
@@ -222,7 +223,7 @@ def _children(kind: str, words: Mapping[str, Any], at: str) -> Iterator[tuple[An
         if fixed == ("items" in words):
             _refuse(at, "an array with neither or both of items and prefixItems")
         if fixed and {"minItems", "maxItems"} & set(words):
-            _refuse(at, "minItems or maxItems beside prefixItems")
+            _refuse(at, "minItems or maxItems together with prefixItems")
         parts = words["prefixItems"] if fixed else [words["items"]]
         listed = isinstance(parts, list)
         require(listed, _WHERE, f"{at}/prefixItems", "a list of schemas", repr(parts)[:80])

@@ -1,6 +1,6 @@
-"""Bytes of the text of each token of a tokenizer.
+"""Conversion of a tokenizer's tokens to the bytes of their text.
 
-Tokens may be written in three notations: byte-level BPE (one letter per byte), SentencePiece
+Tokenizers write tokens in three notations: byte-level BPE (one letter per byte), SentencePiece
 (``\u2581`` for a space, ``<0x0A>`` for a byte), and plain text.
 """
 
@@ -48,7 +48,7 @@ class Vocabulary:
         tokens: Bytes of each token. None for a token without text, which is an end token, padding,
             a special token of a chat, or an id that the tokenizer does not have.
         eos: Tokens that end a text.
-        key: Hash, which is equal for equal vocabularies.
+        key: Hash of ``tokens`` and ``eos``.
     """
 
     def __init__(self, tokens: Sequence[bytes | None], eos: tuple[int, ...]):
@@ -73,8 +73,8 @@ def vocabulary_of(
     Args:
         where: Name of the caller, for messages.
         tokenizer: Tokenizer with a method ``get_vocab``.
-        vocab_size: Number of ids of the model, which may exceed the tokenizer's; None for the
-            tokenizer's.
+        vocab_size: Number of token ids of the model, if it is larger than the tokenizer's; None for
+            the tokenizer's.
         eos_token_id: Token or tokens that end a text; None for the tokenizer's.
 
     Raises:

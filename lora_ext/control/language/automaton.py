@@ -31,13 +31,13 @@ _kept_lock = threading.Lock()
 
 
 class Constraint:
-    """Regular language of the token sequences that a text may have, stored as a minimal automaton.
+    """Regular language of allowed token sequences, stored as a minimal automaton.
 
     You can combine constraints with the same vocabulary: ``a & b`` is the intersection, ``a | b``
     the union, ``~a`` the complement. Two constraints with the same language are equal.
 
-    Constructors with a tokenizer cache constraints by their content and vocabulary. Constructors
-    that need outlines-core raise ImportError if it is not installed; the message contains the
+    Constructors with a tokenizer cache constraints by arguments and vocabulary. Constructors that
+    need outlines-core raise ImportError if outlines-core is not installed; the message contains the
     command that installs it.
 
     Attributes:
@@ -45,8 +45,8 @@ class Constraint:
         eos: Tokens that end a text.
         class_of: Class of each token, ``(V,)`` int16 on the CPU. In every state, the tokens of a
             class lead to the same next state. Class 0 contains the end tokens.
-        table: Next state by state and class, ``(S, classes)`` int16 on the CPU; -1 if the class is
-            forbidden, and ``S`` after the end of the text.
+        table: Next state by state and class, ``(S, classes)`` int16 on the CPU. The value is -1 if
+            the class is forbidden, and ``S`` if the class ends the text.
     """
 
     def __init__(self, content: Automaton, vocab_size: int, eos: tuple[int, ...]):
@@ -66,7 +66,7 @@ class Constraint:
     def _of(
         cls, what: str, automaton: Automaton, eos: tuple[int, ...], clock: Clock, part: str
     ) -> Constraint:
-        """Build the constraint of an automaton over tokens; messages contain ``part``, its size."""
+        """Build the constraint of an automaton over tokens; ``part`` names its size in errors."""
         automaton.class_of[list(eos)] = -1
         content = _algebra.minimal(automaton, clock)
         clock.states(len(content.table), part)
@@ -114,7 +114,8 @@ class Constraint:
         eos_token_id: int | Sequence[int] | None = None,
         limits: Limits = DEFAULT,
     ) -> Constraint:
-        """Return the constraint that a text contains all words of one list and none of another.
+        """Return the constraint that a text contains all words of ``all_of`` and no word of
+        ``none_of``.
 
         A word may occur as any substring of the text, in any tokenization: "a dog" and "dogma" both
         contain "dog".
@@ -190,7 +191,7 @@ class Constraint:
 
         Raises:
             NotImplementedError: If an automaton cannot enforce a keyword, such as ``minimum`` or
-                ``uniqueItems``; the message names it. Also if outlines-core would change a value of
+                ``uniqueItems`` (the message names it), or if outlines-core would change a value of
                 ``enum`` or ``const``: a number with too many digits, or a property name with a
                 special character of regular expressions.
             ValueError: If the schema is invalid.
@@ -323,17 +324,17 @@ class Constraint:
     def from_matcher(matcher: Any, vocab_size: int, eos_token_id: int | Sequence[int]) -> Matched:
         """Build a constraint from a matcher of xgrammar or llguidance, such as one for a grammar.
 
-        The constraint only forbids the tokens that the matcher forbids. It does not look ahead: the
-        states of a parser cannot be enumerated, so it is not known whether a text can still end
-        within its budget. A text that is truncated at the budget is a prefix of a text that
-        satisfies the constraint. Guides, ``&``, ``|`` and ``~`` are not supported.
+        The constraint only forbids the tokens that the matcher forbids. The constraint does not
+        look ahead: the states of a parser cannot be enumerated, so it is not known whether a text
+        can still end within its budget. A text that is truncated at the budget is a prefix of a
+        text that satisfies the constraint. Guides, ``&``, ``|`` and ``~`` are not supported.
 
         Args:
-            matcher: Object before its first token with the methods of xgrammar's ``GrammarMatcher``
+            matcher: New object with the methods of xgrammar's ``GrammarMatcher``
                 (``fill_next_token_bitmask``, ``accept_token``, ``rollback``) or of llguidance's
-                ``LLMatcher`` (``compute_bitmask``, ``consume_token``, ``rollback``). Do not use it
-                elsewhere. All rows may share one matcher; with one matcher per row, no rollback is
-                needed.
+                ``LLMatcher`` (``compute_bitmask``, ``consume_token``, ``rollback``), which has read
+                no token. Do not use the matcher elsewhere. All rows may share one matcher; with one
+                matcher per row, no rollback is needed.
             vocab_size: Number ``V`` of tokens of the model's vocabulary.
             eos_token_id: Token or tokens that end a text, as in the matcher.
 
@@ -437,7 +438,7 @@ class Constraint:
 
     @cached_property
     def key(self) -> bytes:
-        """Hash of the content, which is equal for equal languages over equal vocabularies."""
+        """Hash of the vocabulary's size, the end tokens and the minimal automaton."""
         digest = hashlib.blake2b(repr((self.vocab_size, self.eos)).encode(), digest_size=24)
         digest.update(self.class_of.numpy().tobytes())
         digest.update(self.table.numpy().tobytes())

@@ -28,10 +28,11 @@ _ONE_OF = (
 class Matched:
     """Constraint of a matcher, with the prefixes of texts as states.
 
-    :meth:`Constraint.from_matcher <lora_ext.control.Constraint.from_matcher>` creates it. A state
-    is the number of a prefix that has occurred. To change from one state to another, the matcher is
-    rolled back to the common prefix and then reads the remaining tokens, so that one matcher is
-    sufficient for all rows. The matcher must not be used elsewhere.
+    :meth:`Constraint.from_matcher <lora_ext.control.Constraint.from_matcher>` creates the
+    constraint. A state is the number of a prefix that has occurred. To change the state, the
+    matcher is rolled back to the prefix that the old and the new state share, and reads the
+    remaining tokens of the new state. One matcher is therefore sufficient for all rows. The matcher
+    must not be used elsewhere.
 
     Attributes:
         vocab_size: Number ``V`` of tokens of the vocabulary.
@@ -135,7 +136,7 @@ class Matched:
         self._standing = text[:shared]
         for token in text[shared:]:
             taken = take(token)
-            expected, found = "one that accepts every token of its mask", f"token {token} rejected"
+            expected, found = "every token of its mask to be accepted", f"token {token} rejected"
             require(taken, "from_matcher", "matcher", expected, found)
             self._standing.append(token)
 

@@ -1,9 +1,9 @@
 """Banks, which stack one parameter of all clients in one tensor, and an AdamW for all banks.
 
-With banks, a layer needs no copies of factors, and a step of the optimizer takes few calls for any
-number of clients. Shape letters: ``A`` adapters of a bank, ``R`` its largest rank, ``I`` inputs,
-``O`` outputs. The *place* of a client is its index when clients are sorted by decreasing number of
-steps.
+A layer uses a bank in place, without copies of the clients' factors, and an optimizer step takes
+few calls for any number of clients. Shape letters: ``A`` adapters of a bank, ``R`` largest rank of
+the bank, ``I`` inputs, ``O`` outputs. The *place* of a client is its index when clients are sorted
+by decreasing number of steps.
 """
 
 from __future__ import annotations
@@ -30,12 +30,13 @@ class Bank:
 
     Args:
         pair: names of the module and its factors.
-        clients: all clients of the round, in the order of their places.
+        clients: all clients of the round, sorted by decreasing number of steps; a client's index in
+            this list is its place.
         start: global factors, ``(r, I)`` and ``(O, r)``, on the module's device.
         others_use_global: whether clients that do not train the module use the global factors;
             otherwise they use no factors.
         scaling: scale of the adapter.
-        p: probability of the adapter's dropout.
+        p: dropout probability of the adapter.
 
     Attributes:
         a, b: stacked factors, ``(A, R, I)`` and ``(A, O, R)``. Entries above a client's rank are 0.
@@ -87,10 +88,10 @@ class Bank:
         return self.a, self.b
 
     def activate(self, count: int) -> None:
-        """Restrict later steps to the first ``count`` clients, in the order of their places."""
+        """Restrict later steps to the first ``count`` clients in the order of places."""
         self.trained = sum(place < count for place in self.members)
         self.size = self.num_global + self.trained
-        # Leaves share the bank's memory. The optimizer writes to the bank, outside any graph.
+        # Autograd's leaves share the bank's memory, which the optimizer changes without a graph.
         self.leaves = [t[: self.size].detach() for t in (self.a, self.b)]
         for leaf in self.leaves:
             leaf.requires_grad_(self.trained > 0)
@@ -99,7 +100,8 @@ class Bank:
         )
 
     def draw(self, seeds: Tensor) -> None:
-        """Set the dropout seeds of a step; ``seeds`` contains one per client, by place."""
+        """Set the dropout seeds of a step; ``seeds[place]`` is the seed of the client at this
+        place."""
         self.seeds = seeds[self._places[: self.size]].to(self.a.device)
 
     def give(self, clients: Sequence[ClientRound]) -> None:
@@ -146,12 +148,12 @@ class SharedBank:
         self.activate(count)
 
     def activate(self, count: int) -> None:
-        """Restrict later steps to the first ``count`` clients, in the order of their places."""
+        """Restrict later steps to the first ``count`` clients in the order of places."""
         self.trained = count
         self.leaves = [self.values[0][:count].detach().requires_grad_()]
 
     def give(self, clients: Sequence[ClientRound]) -> None:
-        """Store the change of each client's copy in the client."""
+        """Store the change of each client's copy in ``client.changes``; set ``client.finite``."""
         changes = self.values[0].cpu() - self.start.cpu()
         for client, own in zip(clients, changes, strict=True):
             client.finite &= bool(own.isfinite().all())
@@ -170,13 +172,13 @@ class _Run(NamedTuple):
 
 
 class ClientsAdamW:
-    """AdamW that treats each client separately and updates the banks in place.
+    """AdamW that keeps separate state for each client and updates the banks in place.
 
-    All clients start together, so those that are still training have done the same number of steps.
-    Clients with adjacent places and equal settings form a group. One call of torch's fused kernel
-    updates all tensors of a group, each element independently. The parameters of a client that has
-    finished stay bitwise unchanged. A client that failed stays in its group, without an effect on
-    other clients, and its values are not used.
+    All clients start together, so all clients that are still training have done the same number of
+    steps. Clients with adjacent places and equal settings form a group. One call of torch's fused
+    kernel updates all tensors of a group, each element independently. The parameters of a client
+    that has finished stay bitwise unchanged. A client that failed stays in its group, without an
+    effect on other clients, and its values are not used.
     """
 
     def __init__(self, banks: Sequence[Bank | SharedBank], clients: Sequence[ClientRound]):
@@ -187,7 +189,7 @@ class ClientsAdamW:
         self._runs: list[tuple[ClientSpec, list[_Run]]] = []
 
     def activate(self, count: int) -> None:
-        """Restrict later steps to the first ``count`` clients, in the order of their places."""
+        """Restrict later steps to the first ``count`` clients in the order of places."""
         if count == self._places:
             return
         self._places = count
@@ -203,12 +205,12 @@ class ClientsAdamW:
 
     @property
     def leaves(self) -> list[Tensor]:
-        """Leaves in the order in which :meth:`step` takes their gradients."""
+        """Tensors that need gradients, in the order in which :meth:`step` expects the gradients."""
         return [leaf for bank in self._trained for leaf in bank.leaves]
 
     @torch.no_grad()
     def step(self, gradients: Sequence[Tensor | None]) -> None:
-        """Do one step for every active client; a tensor without a gradient does not change."""
+        """Do one step for every active client. Tensors with the gradient None do not change."""
         if any(c.spec.max_grad_norm is not None for c in self.clients[: self._places]):
             self._clip(gradients)
         self._done += 1

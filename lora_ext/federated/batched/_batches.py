@@ -35,7 +35,7 @@ def rows_in(batch: Any, where: str) -> int:
 def merged(batches: Sequence[Any], where: str) -> tuple[dict[str, Tensor] | Tensor, list[Segment]]:
     """Concatenate the batches of several clients.
 
-    Sequences of a mapping may differ in length between clients. Shorter ones are padded on the
+    Sequences of a mapping may differ in length between clients. Shorter sequences are padded on the
     right with zeros, and masked in ``attention_mask``.
 
     Returns:
@@ -76,7 +76,11 @@ def merged(batches: Sequence[Any], where: str) -> tuple[dict[str, Tensor] | Tens
 
 
 def logits_of(output: Any, segments: Sequence[Segment], where: str) -> Tensor:
-    """Return ``output.logits`` or, if it has no logits, ``output``; check the number of rows."""
+    """Return ``output.logits``, or ``output`` itself if it has no logits.
+
+    Raises:
+        ValueError: If the result would not be a tensor with the rows of all segments.
+    """
     logits = getattr(output, "logits", output)
     require(isinstance(logits, Tensor), where, "model", "logits or a tensor", type(output).__name__)
     rows = sum(segment.rows for segment in segments)
@@ -125,9 +129,9 @@ class Losses(NamedTuple):
     owners: Tensor  # (roots.shape[0],), index of the client for each row of roots
 
     def gradients(self, leaves: Sequence[Tensor], going: Sequence[bool]) -> list[Tensor | None]:
-        """Return the gradient of the sum of some clients' losses for each of ``leaves``.
+        """Sum the losses of some clients, and return the sum's gradient by each of ``leaves``.
 
-        ``going[k]`` is True if the loss of client k is part of the sum.
+        ``going[k]`` is True if the sum includes the loss of client k.
         """
         if not (leaves and any(going) and self.roots.requires_grad):
             return [None] * len(leaves)

@@ -1,5 +1,5 @@
-"""A layer that applies each client's factors to its rows, the assignment of rows to clients, and a
-check for modules that would make a client's results depend on other clients.
+"""A layer that applies each client's factors to the client's rows, the assignment of rows to
+clients, and a check for modules that would make a client's results depend on other clients.
 
 The *place* of a client is its index in a bank's table.
 """
@@ -27,11 +27,11 @@ _KEPT = 64
 
 
 class BatchRows:
-    """Assignment of the sequences of a step to clients, which all layers share.
+    """Assignment of the sequences of a step to clients. All layers share one object.
 
-    :meth:`only` restricts the layers to a part of the batch. In the backward, a checkpoint may
-    recompute a block outside that context. It always recomputes the first sequences of the batch,
-    because the other sequences have no graph.
+    :meth:`only` restricts the layers to a part of the batch. In the backward pass, checkpointing
+    may recompute a block outside that context. The recomputed sequences are always the first of
+    the batch, because the other sequences have no graph.
 
     Attributes:
         above: name of the last shared module that the forward has called; None before the first.
@@ -73,7 +73,7 @@ class BatchRows:
         return assigned(self, "_part", slice(first, last))
 
     def backward(self) -> AbstractContextManager[None]:
-        """Return a context manager in which the backward must run."""
+        """Return a context manager in which the backward pass must run."""
         return assigned(self, "_backward", True)
 
     def ids(
@@ -84,8 +84,8 @@ class BatchRows:
 
         ``leading`` is the shape of the input without its last dimension: sequences first, or tokens
         first. With dropout, padding up to the length of other clients' sequences has the index -1
-        (no adapter), because the dropout mask of a row depends on the row's number among the rows
-        with the same index, which must not depend on other clients.
+        (no adapter). The dropout mask of a row depends on the row's number among the rows with the
+        same index, and this number must not depend on other clients.
         """
         of_bank, part = (bank.table, bank.size, bank.p > 0), (self._part.start, self._part.stop)
         key = of_bank, part, leading, tokens_first
@@ -204,7 +204,7 @@ def check_model(model: nn.Module, adapter: str, pattern: str) -> None:
 
 
 def _layers(model: nn.Module, adapter: str, pattern: str) -> list[tuple[str, Any]]:
-    """Return names and modules of the adapted layers inside blocks, which a round replaces."""
+    """Return names and modules of the layers that a round replaces: adapted layers in blocks."""
     found = adapted_layers(model, adapter).items()
     return [(n, m) for n, m in found if block_index(f"{n}.lora_A.weight", pattern) is not None]
 

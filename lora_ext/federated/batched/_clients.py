@@ -33,14 +33,14 @@ class ClientSpec:
         client: unique name or number.
         batches: one batch per optimizer step: a mapping of tensors, ``(x, y)``, or x. All tensors
             of a mapping except ``labels`` are inputs of the model. The first dimension of each
-            tensor is its rows.
+            tensor is the rows of the batch.
         lr, weight_decay, betas, eps: settings of AdamW.
         max_grad_norm: norm to which larger gradients are scaled down; None for no limit.
         seed: seed of the dropout masks, which also depend on the round and on ``client``.
 
     Raises:
-        ValueError: If a setting of AdamW, the bound or the seed is not a number, or is out of
-            range.
+        ValueError: If a setting of AdamW, ``max_grad_norm`` or ``seed`` is not a number, or is out
+            of range.
     """
 
     client: Client
@@ -62,8 +62,8 @@ class ClientSpec:
 
 
 class ClientRound:
-    """State of a client in one round: its plan, the shapes of the factors that it trains by name,
-    and its progress."""
+    """State of a client in one round: its plan, its progress, and ``shapes``, the shapes by name of
+    the factors that it trains."""
 
     def __init__(
         self, spec: ClientSpec, plan: LayerPlan, shapes: Mapping[str, tuple[int, ...]], round: int
@@ -72,7 +72,7 @@ class ClientRound:
         self.plan = plan
         self.shapes = shapes
         self.seed = client_seed(spec.seed, round, spec.client)
-        self.lowest = plan.layers[0] if plan.layers else math.inf  # lowest layer that trains
+        self.lowest = plan.layers[0] if plan.layers else math.inf  # lowest trained layer
         self.failed = False
         self.finite = True
         self.examples = 0
@@ -102,7 +102,7 @@ class ClientRound:
         self.failed = not math.isfinite(loss)
 
     def update(self) -> Update:
-        """Return the client's reply."""
+        """Return the client's reply to the server."""
         failed = self.failed or not self.finite
         loss = sum(self.losses) / len(self.losses) if self.losses else math.nan
         sent = {} if failed else self.changes
@@ -112,7 +112,7 @@ class ClientRound:
 def client_seed(seed: int, round: int, client: Client) -> int:
     """Return the 64-bit seed of a client in a round, a hash of ``seed``, ``round`` and ``client``.
 
-    It is the same on every machine and does not depend on other clients.
+    The seed is the same on every machine and does not depend on other clients.
     """
     named = repr(client) if isinstance(client, str) else operator.index(client)
     text = f"{operator.index(seed)}:{operator.index(round)}:{named}"
@@ -123,7 +123,7 @@ def step_seeds(seeds: Sequence[int], step: int, modules: int) -> Tensor:
     """Return the dropout seeds of one step, non-negative int64 of shape ``(len(seeds), modules)``.
 
     Entry ``(i, j)`` is for the client with ``seeds[i]`` and module j of the adapter, in the order
-    of ``LoraLayerManager.modules``. It is a valid value of ``nn.LoraLinear.dropout_seed``.
+    of ``LoraLayerManager.modules``. Each entry is a valid value of ``nn.LoraLinear.dropout_seed``.
 
     Source: SplitMix64 (Steele et al. 2014), output ``step * modules + j`` of each seed.
     """

@@ -1,8 +1,8 @@
 """Shared parameters, which every client trains in addition to its adapter, such as a head.
 
-Each client has a copy, and a module with shared parameters is called once per client. This costs
-little, since modules above the adapted layers are small. Products of one client's rows are then
-bitwise equal to those in training that client separately.
+Each client has a copy, and a module with shared parameters is called once per client. Products of
+a client's rows are therefore bitwise equal to those in training that client separately. The calls
+cost little, since modules above the adapted layers are small.
 """
 
 from __future__ import annotations
@@ -36,9 +36,9 @@ def shared_names(
     Raises:
         ValueError: If the regular expression is invalid or matches nothing, or if the model lacks a
             name.
-        UnsupportedModule: If a parameter cannot have one copy per client: it is in a layer; its
-            module contains an adapted module or is inside one; two modules share it; or it is not
-            floating-point.
+        UnsupportedModule: If a parameter cannot have one copy per client: the parameter is in a
+            layer; its module contains an adapted module or is inside such a module; two modules
+            share the parameter; or the parameter is not floating-point.
     """
     if shared is None:
         return ()
@@ -60,14 +60,14 @@ def shared_names(
     adapted = [f"{n}." for n, m in model.named_modules() if hasattr(m, "lora_A")]
     for name in names:
         layer = block_index(name, pattern)
-        supported(layer is None, name, "a parameter outside the layers", f"one of layer {layer}")
+        supported(layer is None, name, "a parameter outside the layers", f"it in layer {layer}")
         owner = name[: name.rfind(".") + 1]  # "" for the model itself
         near = [each for each in adapted if name.startswith(each) or each.startswith(owner)]
         supported(not near, name, "a module without adapters", f"adapters in {near[:3]}")
         twins = [n for n, p in known.items() if p is known[name] and n != name]
         supported(not twins, name, "a parameter that is not tied", f"one tied to {twins}")
         real = known[name].is_floating_point()
-        supported(real, name, "a floating-point dtype, which can train", known[name].dtype)
+        supported(real, name, "a floating-point dtype", known[name].dtype)
     return tuple(names)
 
 
@@ -140,8 +140,8 @@ def _rows(value: Any, part: slice, total: int) -> Any:
 def start_of(
     name: str, model: nn.Module, state: Mapping[str, Tensor], dtype: torch.dtype | None
 ) -> Tensor:
-    """Return the initial value of a shared parameter, from ``state`` or, if it lacks the name, from
-    the model. Raises ValueError if the shapes differ."""
+    """Return the initial value of a shared parameter: that in ``state`` or, if ``state`` lacks the
+    name, that in the model. Raises ValueError if the shapes differ."""
     parameter = model.get_parameter(name)
     value = state.get(name, parameter).detach()
     require(value.shape == parameter.shape, WHERE, name, parameter.shape, value.shape)

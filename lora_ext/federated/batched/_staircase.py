@@ -1,10 +1,10 @@
 """Exclusion of rows from the autograd graph below the lowest layer that their client trains.
 
-The rows of a step are sorted by that layer. A block runs in two calls: the first has a graph and
-computes the rows that need gradients in this block or below it; the second has no graph and
-computes the other rows. The backward of a client's rows therefore covers only the blocks from the
-client's lowest trained layer upwards. Below the lowest trained layer of all clients, one call
-without a graph computes all rows.
+The rows of a step are sorted by that layer. A block runs in two calls. The first call has a graph
+and computes the rows that need gradients in this block or below it. The second call has no graph
+and computes the other rows. The backward pass of a client's rows therefore covers only the blocks
+from the client's lowest trained layer upwards. Below the lowest trained layer of all clients, one
+call without a graph computes all rows.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ class Staircase:
         ``lowest[i]`` is the lowest layer that the client of sequence i trains, in ascending order.
         """
         self._lowest = lowest
-        # The index is None again in the backward, where checkpoints rerun blocks in reverse order.
+        # `_last` is None in the backward pass, where checkpoints rerun blocks in reverse order.
         return assigned(self, "_last", -1)
 
     def remove(self) -> None:
@@ -85,7 +85,8 @@ class Staircase:
         return divided
 
     def _in_two(self, index: int, forward: Callable[..., Any], call: Any, going: int) -> Any:
-        """Run the first rows with a graph, the others without one, and concatenate the outputs."""
+        """Run the first ``going`` rows with a graph and all other rows without a graph; return the
+        concatenated outputs."""
         division = _Division(going, len(self._lowest))
         (args, kwargs), (free_args, free_kwargs) = division.of(call)
         with self.rows.only(0, going):
@@ -107,7 +108,7 @@ class Staircase:
 
 
 def _run(forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
-    """Run a block's forward. Errors become `Unfit`, since a call with all rows might not raise."""
+    """Run a block's forward. Raise errors as `Unfit`, since a call with all rows might succeed."""
     try:
         return forward(*args, **kwargs)
     except (Unfit, MemoryError, torch.cuda.OutOfMemoryError):
@@ -117,7 +118,8 @@ def _run(forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
 
 
 class _Division:
-    """Division of the arguments of a block's call between the first rows and the others."""
+    """Division of the arguments of a block's call into those of the first rows and those of all
+    other rows."""
 
     def __init__(self, first: int, count: int):
         self.first, self.count = first, count

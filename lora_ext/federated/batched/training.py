@@ -1,8 +1,8 @@
 """Training of many clients as the rows of one batch, on one base model.
 
-One step of all clients is one forward and one backward of the base model, with the clients' batches
-concatenated. Each layer applies a client's factors to that client's rows. The results equal those
-of training each client separately, up to rounding of the base model's products.
+In each step, the clients' batches are concatenated, and the base model runs one forward and one
+backward pass for all clients. Each layer applies a client's factors to that client's rows. The
+results equal those of training each client separately, up to rounding of the base model's products.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from ._staircase import Staircase, Unfit
 
 
 class BatchedClients:
-    """Clients that share one frozen base model and train together.
+    """Clients that share one frozen base model and are trained together.
 
     The loss of a client is the mean over its rows, and the sum of all losses is differentiated.
     Each client has a separate AdamW and separate gradient clipping. A client with fewer batches
@@ -59,10 +59,10 @@ class BatchedClients:
         pattern: regular expression whose first group is the index of a layer in a name.
         adapter: name of the adapter to train.
         shared: names of additional parameters that every client trains, such as those of a head,
-            or a regular expression that is searched for in names. Each client has a copy. One AdamW
-            and one gradient bound apply to the adapter and the copy. The client's update contains
-            the changes of the copy; average them with ``aggregate(shared=batched.shared)``. The
-            parameters must be above the adapted layers.
+            or a regular expression that is searched for in names. Each client has a copy, which
+            AdamW trains with the adapter; ``max_grad_norm`` limits the gradient of both together.
+            The client's update contains the changes of the copy; average them with
+            ``aggregate(shared=batched.shared)``. The parameters must be above the adapted layers.
         others: whether layers outside a client's plan apply the global adapter to its rows
             ("frozen") or no adapter ("disabled").
         staircase: whether to exclude rows from the autograd graph below the lowest layer that their
@@ -74,7 +74,7 @@ class BatchedClients:
         UnsupportedModule: If a module has active dropout outside the adapter or batch normalisation
             over the batch; if an adapted module is not linear, or has scaled outputs, a
             bias of the adapter, a merged adapter or another active adapter; or if a
-            shared parameter is in or below the layers, is tied to another one, or is not
+            shared parameter is in or below the layers, is tied to another parameter, or is not
             floating-point.
         ValueError: If an argument is out of range, a client's name is repeated, or ``shared``
             matches nothing.
@@ -130,7 +130,7 @@ class BatchedClients:
             plans: plans by client, or a list with one plan for each client in order.
             global_lora: the whole global adapter, from ``LoraLayerManager.state_slice()``, and the
                 shared parameters by name. The default of a shared parameter is the model's value.
-            round: number of the round. Together with a client's name and seed, it determines the
+            round: number of the round. The round, a client's name and its seed determine the
                 client's dropout masks.
 
         Returns:
@@ -245,8 +245,8 @@ class BatchedClients:
         )
         factors = gradients[: sum(len(bank.leaves) for bank in banks if bank.trained)]
         fits = not training or not all(gradient is None for gradient in factors)
-        expected = "losses that depend on the factors that train"
-        found = "losses without gradients for them; checkpointing must not be reentrant"
+        expected = "losses that depend on the trained factors"
+        found = "losses without gradients for these factors; checkpointing must not be reentrant"
         require(fits, WHERE, "model", expected, found, UnsupportedModule)
         optimizer.step(gradients)
         for client, size, value in zip(going, sizes, values, strict=True):
@@ -274,8 +274,8 @@ class BatchedClients:
             inputs, _ = merged(batches, WHERE)  # blocks may have changed the inputs in place
             output = call()
             warnings.warn(
-                f"{WHERE}: staircase: expected blocks that can run on a part of the rows, found an "
-                f"error: {error!s:.200}; all rows therefore stay in the autograd graph",
+                f"{WHERE}: staircase: expected blocks that can run on a part of the rows: "
+                f"{error!s:.200}; all rows therefore stay in the autograd graph",
                 stacklevel=2,
             )
             return output
@@ -283,8 +283,8 @@ class BatchedClients:
     def _stairs(
         self, clients: list[ClientRound], names: Mapping[str, Pair], rows: BatchRows
     ) -> Staircase | None:
-        """Return a staircase, or None if every client trains the lowest block or if the model's
-        blocks do not allow one."""
+        """Return a `Staircase`, or None if every client trains the lowest block, if a layer has no
+        single block, or if the first dimension of a layer's input is the tokens."""
         turned = _layouts.tokens_first(self.model)
         blocks: dict[int, str] = {}
         for name, pair in names.items():
@@ -312,7 +312,7 @@ class BatchedClients:
             known = any(pair.module == module for pair in pairs)
             require(known or not inside, WHERE, "global_lora", f"factors of {module}", "none")
         for pair in pairs:
-            require(pair.module in found, WHERE, pair.a, "the name of an adapted module", "another")
+            require(pair.module in found, WHERE, pair.a, "an adapted module's name", "another name")
             layer = found[pair.module][1]
             sides = (pair.a, 1, layer.in_features), (pair.b, 0, layer.out_features)
             for key, axis, size in sides:
@@ -322,7 +322,7 @@ class BatchedClients:
 
 
 def _caching(model: nn.Module) -> list[Any]:
-    """Return the configurations with which a transformers model caches keys and values."""
+    """Return the configurations of a transformers model in which ``use_cache`` is True."""
     # Some submodules have a separate configuration, such as the decoder of T5.
     configs: list[Any] = [getattr(module, "config", None) for module in model.modules()]
     configs += [getattr(config, "text_config", None) for config in configs]

@@ -64,7 +64,7 @@ def make_client_app(
             ``LocalGrid``, one client at a time under other engines.
         pattern: regular expression whose first group is the index of a layer in a name.
         adapter: name of the adapter to train.
-        mods: Flower's mods, applied to training.
+        mods: Flower mods for training messages.
 
     Raises:
         ValueError: If the backend is unknown, or ``train_fn`` or ``mods`` is set with "batched".
@@ -195,7 +195,7 @@ class BatchedApp(ClientApp):
 
 
 def in_one_batch(model: Model, data_fn: Callable[[int], Sequence[Any]]) -> BatchedApp:
-    """Return an app that trains a model, and creates its clients anew in each round."""
+    """Return an app that creates and trains new `BatchedClients` in each round."""
 
     def prepare(task: Task) -> ClientSpec:
         settings = Settings.of(task.config)
@@ -224,7 +224,7 @@ def in_one_batch(model: Model, data_fn: Callable[[int], Sequence[Any]]) -> Batch
 
 
 def of_clients(batched: BatchedClients) -> BatchedApp:
-    """Return an app that trains existing clients. Partition i is the i-th client."""
+    """Return an app that trains the clients of ``batched``. Partition i is the i-th client."""
     names = list(batched.clients)
     model = Model(lambda: batched.model, batched.pattern, batched.adapter)
     _ = model.manager  # errors of the model are raised here, not in a client

@@ -28,15 +28,15 @@ _log = logging.getLogger("flwr")
 class Nodes:
     """Mapping from nodes to clients.
 
-    The client of a node is the partition that the node reports, or the node id if it reports none.
-    Each node receives one query before its first round. If a node reconnects with a new id and the
-    same partition, it is the same client. If two connected nodes report the same partition, it
-    belongs to the first one.
+    The client's number is the partition that the node reports, or the node id if the node reports
+    none. Each node receives one query before its first round. A node that reconnects with a new id
+    and the same partition is the same client. If two connected nodes report the same partition, the
+    partition belongs to the first node.
 
     Args:
         capability: number of layers that a client can train: a mapping by client or node, or a
-            function of the client. None uses the number that a node reports, or all layers if it
-            reports none.
+            function of the client. None uses the number that a node reports, or all layers if the
+            node reports no number.
         comm: log in which the bytes of the queries are counted, as round 0.
     """
 
@@ -79,10 +79,11 @@ class Nodes:
     def learn(
         self, node: int, said: Mapping[str, Any], connected: Iterable[int] | None = None
     ) -> None:
-        """Store the capability and the partition that a node reports, unless they are known.
+        """Store the capability and the partition that a node reports, unless both are known
+        already.
 
-        A partition that belongs to one of the nodes ``connected`` is not stored. If
-        ``connected`` is None, it stands for all known nodes.
+        The partition is not stored if it belongs to a different node in ``connected``. None stands
+        for all known nodes.
         """
         connected = [*self._asked, *self._clients] if connected is None else connected
         count, partition = said.get(CAPABILITY), said.get(PARTITION)
@@ -93,8 +94,8 @@ class Nodes:
         holders = [n for n in connected if n != node and self.client(n) == partition]
         if holders:
             _log.warning(
-                "node %d: partition-id %d belongs to node %d, which is connected, so the node id "
-                "is used as the client",
+                "node %d: partition-id %d belongs to node %d, which is still connected; the node "
+                "id is used as the client instead",
                 node,
                 partition,
                 holders[0],

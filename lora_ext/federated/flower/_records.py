@@ -69,8 +69,8 @@ def from_arrays(record: Mapping[str, Array], where: str = "from_arrays") -> dict
 
 
 def pack(tensors: Mapping[str, Tensor], flat: bool) -> tuple[ArrayRecord, dict[str, Any]]:
-    """Convert tensors to a record, and return it with the entries that :func:`unpack` needs in the
-    message's settings (empty unless ``flat``)."""
+    """Convert tensors to a record. Return the record, and entries to add to the message's settings,
+    from which :func:`unpack` reads them (none unless ``flat``)."""
     payload = pack_tensors(tensors, flat)
     return _record(payload), payload.manifest if flat else {}
 

@@ -133,13 +133,13 @@ class Round:
         for client in [c for c, each in reported.items() if len(each) > 1]:
             updates = [update for update in updates if update.client != client]
             where = f"node {self.node(client)}: client {client}: reply"
-            reasons[client] = f"{where}: expected one reply, or equal ones, found two that differ"
+            reasons[client] = f"{where}: expected one or equal replies, found two that differ"
         silent = [client for client in self.plans if client not in answered]
         return updates, contents, reasons, silent
 
     def sender(self, reply: Message) -> int:
-        """Return the node that received the message that ``reply`` answers, even if the reply is an
-        error."""
+        """Return the node of a reply. If the reply is an error, this is the receiver of the message
+        that the reply answers, since the server may have created the error."""
         if reply.has_error():
             for asked in self._asked:  # by now, the grid has assigned ids to these messages
                 if asked.message_id and asked.message_id == reply.metadata.reply_to_message_id:
@@ -147,8 +147,8 @@ class Round:
         return reply.metadata.src_node_id
 
     def read(self, node: int, reply: Message) -> Update:
-        """Return a node's reply as an update. Raises ValueError for errors that cannot be
-        detected in the update, such as an error reply or a wrong echo of the plan."""
+        """Return a node's reply as an update. Raise ValueError for errors that are visible only in
+        the message, such as an error reply or a plan that differs from the one sent."""
         where = f"node {node}"
         require(node in self.nodes, where, "reply", "no reply, as no message was sent", "a reply")
         self._count(node, reply, "up")
@@ -171,7 +171,7 @@ class Round:
         try:
             echoed = LayerPlan.from_config(echo)
         except (TypeError, ValueError) as error:
-            raise ValueError(f"{where}: echo: expected {plan}, found {error!s:.200}") from None
+            raise ValueError(f"{where}: echo: expected {plan}: {error!s:.200}") from None
         require(echoed == plan, where, "echo", plan, f"{echoed!s:.200}")
         if self.sending.payload == "dense_masked":
             shapes = masked_shapes(self.pairs, self.state)

@@ -1,4 +1,4 @@
-"""The model of a client, its task in one round, which is read from a message, and the reply."""
+"""The model of a client, and its task in one round: reading the message and creating the reply."""
 
 from __future__ import annotations
 
@@ -85,8 +85,8 @@ class Task:
         expected = f"a record {_records.LORA!r}"
         require(_records.LORA in arrays, "message", "records", expected, sorted(arrays))
         record = arrays[_records.LORA]
-        # The plan defines the expected ranks. If it has none, they are the ranks that the message
-        # declares, but at most the model's.
+        # The plan defines the expected ranks. If the plan has no ranks, the message's ranks are
+        # expected, but at most the model's.
         declared = _records.said_shapes(record, config)
         pairs = layer_pairs("message: model", state, pattern)
         shapes = shapes_of(pairs, state, plan)
@@ -129,7 +129,7 @@ class Task:
         }
 
     def whole(self) -> dict[str, Tensor]:
-        """Return the adapter in the message, padded with zeros to the shapes of the model's."""
+        """Return the message's adapter, padded with zeros to the shapes of the model's adapter."""
         found: dict[str, Tensor] = {}
         for key, own in self.state.items():
             value = self.tensors.get(key, own[:0])
@@ -141,7 +141,7 @@ class Task:
         """Return the reply.
 
         Args:
-            changes: differences of the trained tensors from the received ones, for the planned
+            changes: differences of the trained tensors from the received tensors, for the planned
                 layers and the shared parameters.
             metrics: metrics of the training, which must include ``num-examples``.
         """
@@ -184,7 +184,7 @@ def _integer(config: Mapping[str, Any], name: str) -> int:
 
 
 class Model:
-    """The model of an app, with the manager of its layers. It is created on first use.
+    """The model of an app and the manager of its layers, both created on first use.
 
     Flower's simulation unpickles the app for every message. The model is not pickled. Instead, each
     worker process caches the last model that it used.
@@ -214,7 +214,7 @@ class Model:
         return self._manager
 
     def read(self, message: Message, context: Context) -> tuple[Task, Tensors]:
-        """Return the task in a message, and access to the tensors that it names.
+        """Return the task in a message, and the `Tensors` of the model that the task exchanges.
 
         Raises:
             ValueError: If the message is not from the strategy, does not fit the model, or contains

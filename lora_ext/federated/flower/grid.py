@@ -30,7 +30,7 @@ class LocalGrid(Grid):
     the same order. If a client raises, its reply is an error, as in Flower. The timeout is checked
     between clients: when it has passed, no further client starts, and later replies are lost.
 
-    Node i has partition i and a separate ``Context``. It receives copies of the records.
+    Node i has partition i and a separate ``Context``. The node receives copies of the records.
 
     Args:
         client_app: a ``ClientApp``; or ``BatchedClients``, in which case node i is the i-th client
@@ -40,7 +40,7 @@ class LocalGrid(Grid):
         clock: function that returns the time in seconds, used for the timeout.
 
     Raises:
-        ValueError: If the number of nodes does not fit.
+        ValueError: If ``num_nodes`` is below 1 or not the number of clients of ``BatchedClients``.
         TypeError: If the app is not callable.
     """
 
@@ -81,7 +81,7 @@ class LocalGrid(Grid):
         }
 
     def set_run(self, run: Run) -> None:
-        """Store Flower's description of the run. It has no effect."""
+        """Store Flower's description of the run, which the grid does not use."""
         self._run = run
 
     @property
@@ -173,6 +173,6 @@ class LocalGrid(Grid):
 
 
 def _own(message: Message) -> Message:
-    """Return a copy of a message, with copied records, which the receiver may change."""
+    """Return a copy of a message and of its records; the receiver may change the copy."""
     records = {name: record.copy() for name, record in message.content.items()}
     return make_message(message.metadata, RecordDict(records))

@@ -47,7 +47,7 @@ class LoraStrategy(FedAvg):
     too few replies leaves the global adapter unchanged, and the run continues. ``start`` expects
     the global adapter from :func:`lora_ext.federated.flower.to_arrays`.
 
-    Subclasses override the hooks :meth:`select`, :meth:`plan_round`, :meth:`before_round`,
+    Subclasses can override the hooks :meth:`select`, :meth:`plan_round`, :meth:`before_round`,
     :meth:`observe` and :meth:`timed_out`.
 
     Args:
@@ -59,7 +59,7 @@ class LoraStrategy(FedAvg):
         weighted_by, rank_agg, upload, max_update_norm, nan_policy, min_replies, server_lr: see
             :func:`lora_ext.federated.aggregate`.
         partial_ok, pattern, shared: see :func:`lora_ext.federated.aggregate`.
-        scaling: scale s of ``s B A``, one number or numbers by module name. If it is one number,
+        scaling: scale s of ``s B A``, one number or numbers by module name. With one number,
             clients with a different scale reply with an error. None means 1, without this check.
         send_frozen: whether a client also receives the layers that it does not train, and applies
             them (Fed-HeLLo). Otherwise its adapter has only the planned layers (LEGEND).
@@ -83,7 +83,7 @@ class LoraStrategy(FedAvg):
     Raises:
         ValueError: If an argument is out of range. ``rank_agg="stack"`` is not supported, since
             clients would lack the changes of the base weight.
-        TypeError: If an argument has another type.
+        TypeError: If an argument has the wrong type.
 
     Sources: Fed-HeLLo (arXiv 2506.12213); LEGEND (arXiv 2412.20004).
     """
@@ -166,7 +166,7 @@ class LoraStrategy(FedAvg):
 
         ``clients`` contains the capabilities of the connected clients with a capability above 0.
         The random number of a client depends only on seed, round and client, and does not change if
-        another client leaves.
+        other clients leave.
         """
         count = max(int(len(clients) * self.fraction_train), self.min_train_nodes)
         return drawn(clients, count, self.seed, round)
@@ -194,12 +194,12 @@ class LoraStrategy(FedAvg):
             client: the client that replied.
             plan: the plan that the client received.
             metrics: numbers that the client reports, such as ``train-time-s`` and ``down-time-s``.
-                They are unchecked: each may be missing, negative or NaN. The strategy adds
+                The numbers are unchecked: each may be missing, negative or NaN. The strategy adds
                 ``bytes``, the size of the planned tensors in one direction.
         """
 
     def timed_out(self, round: int, client: Client, plan: LayerPlan, seconds: float) -> None:
-        """Handle a client that did not reply or whose node was lost. The default does nothing.
+        """Handle a client that did not reply or is on a lost node. The default does nothing.
 
         Args:
             round: number of the round.
@@ -329,7 +329,7 @@ class LoraStrategy(FedAvg):
             return current.record, None
         reports = [contents[client] for client in result.accepted]
         means = self.train_metrics_aggr_fn(reports, self.weighted_by_key)
-        # Only changed tensors are converted; the others keep their arrays.
+        # Only changed tensors are converted; all other tensors keep their arrays.
         moved = {key: t for key, t in result.state.items() if t is not current.state[key]}
         arrays = {**current.record, **_records.to_arrays(moved)}
         return ArrayRecord({key: arrays[key] for key in result.state}), means
@@ -339,8 +339,9 @@ class LoraStrategy(FedAvg):
     ) -> Iterable[Message]:
         """Create messages with the whole global adapter for evaluation on the clients.
 
-        A share ``fraction_evaluate`` of the connected nodes receives one; the default is 0. With
-        a larger share, the client app needs an ``evaluate`` function. Flower calls this method.
+        The share ``fraction_evaluate`` of the connected nodes receives a message; the default is 0.
+        With a share above 0, the client app needs an ``evaluate`` function. Flower calls this
+        method.
         """
         if not self.fraction_evaluate:
             return []
@@ -374,8 +375,8 @@ class LoraStrategy(FedAvg):
     def state_dict(self) -> dict[str, Any]:
         """Return the state of a run, except the global adapter, as values that JSON can store.
 
-        It contains the number of the last round, the client of each node, ``comm``, ``history``,
-        and the allocator's ``state_dict()`` if it has that method.
+        The state contains the number of the last round, the client of each node, ``comm``,
+        ``history``, and the allocator's ``state_dict()`` if it has that method.
         """
         found: dict[str, Any] = {
             "round": self.round,
@@ -393,7 +394,7 @@ class LoraStrategy(FedAvg):
         Raises:
             KeyError: If ``state`` lacks an entry.
             ValueError: If a log in ``state`` is invalid.
-            TypeError: If a value has another type.
+            TypeError: If a value has the wrong type.
         """
         self.comm.load_state_dict(state["comm"])
         self.history = [RoundLog.from_dict(entry) for entry in state["history"]]
@@ -412,7 +413,7 @@ class LoraStrategy(FedAvg):
             if self.on_reject is not None:
                 self.on_reject(number, client, reason)
         for client, factor in result.clipped.items():
-            _log.info("round %d: client %s: clipped by %.3g", number, client, factor)
+            _log.info("round %d: client %s: update scaled by %.3g", number, client, factor)
         if result.skipped:
             _log.warning("round %d: skipped: %s", number, result.reason)
         num_layers = 1 + max(pair.layer for pair in current.pairs)

@@ -8,13 +8,14 @@ from typing import Any
 
 import torch
 from peft.tuners.lora import LoraLayer
+from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
 from lora_ext._checks import require
 from lora_ext._torch import compiles
 from lora_ext.adapter import BaseModels, model_name
-from lora_ext.layers import adapter_parameters, adapters_of, switched_off
+from lora_ext.layers import adapter_parameters, adapters_of, refuse_float8, switched_off
 from lora_ext.rows import (
     Assignment,
     PoolLayer,
@@ -30,13 +31,15 @@ _REFERENCE = "ref"  # name of the adapter copy that TRL uses as its frozen refer
 
 
 def check_values(model: nn.Module) -> None:
-    """Raise ValueError if an adapter has no values.
+    """Raise ValueError if an adapter has no values, or if it or a plain base weight is float8.
 
-    An adapter that is added to a base layer which accelerate has offloaded is on ``meta`` and has
-    no values. Adapters that accelerate itself has offloaded are also on ``meta``, but they have a
-    hook that loads their values, and cause no error.
+    If accelerate has offloaded a base layer, an adapter that is then added to the layer is on
+    ``meta`` and has no values. Adapters that accelerate has offloaded are also on ``meta``, but
+    have a hook that loads their values. They cause no error.
     """
     for name, layer in model.named_modules():
+        if isinstance(layer, BaseTunerLayer):
+            refuse_float8(f"from_peft: {name}", layer)
         if not isinstance(layer, LoraLayer):
             continue
         for factor in (*layer.lora_A.values(), *layer.lora_B.values()):
@@ -52,7 +55,7 @@ def check_values(model: nn.Module) -> None:
 
 
 def warn_of_other_bases(model: nn.Module) -> None:
-    """Warn about adapters that were trained on another base model, once per model name."""
+    """Warn about adapters that were trained on other base models, once per name of such a model."""
     configs = getattr(model, "peft_config", None)
     bases = BaseModels(model_name(model))
     for name, config in (configs if isinstance(configs, Mapping) else {}).items():
@@ -62,12 +65,12 @@ def warn_of_other_bases(model: nn.Module) -> None:
 
 
 def refuse_names_of_a_reference(active: list[str], names: Assignment) -> None:
-    """Raise ValueError if TRL computes its reference with the ``adapter_names`` of the policy.
+    """Raise ValueError if TRL runs its reference model with the ``adapter_names`` of the policy.
 
-    TRL activates a frozen copy of the adapter, the reference. Names replace the active adapter, so
-    the reference would be equal to the policy. The error is raised if the reference is the active
-    adapter, rows name other adapters but not the reference, and gradients are disabled. It is not
-    raised if all rows use the base model.
+    TRL's reference model is a frozen copy of the adapter, which TRL activates. ``adapter_names``
+    replace the active adapter, so the reference would be equal to the policy. The error is raised
+    if the reference is the active adapter, rows name other adapters but not the reference, and
+    gradients are disabled. It is not raised if all rows use the base model.
     """
     others = names.members and _REFERENCE not in names.members
     if active == [_REFERENCE] and others and not torch.is_grad_enabled():
@@ -106,7 +109,7 @@ def trains(layer: Any, name: str) -> bool:
 def taking_part(
     layer: Any, rows: Assignment | None
 ) -> tuple[tuple[str, ...], Assignment | None, tuple[int, ...]]:
-    """Return the adapters that a PEFT layer uses in a forward.
+    """Return the adapters that a PEFT layer applies in a forward.
 
     Args:
         layer: LoRA layer of PEFT.
@@ -148,8 +151,8 @@ def refuse_block(
 
     Layers of PEFT do not read the block. Without ``adapter_names``, they use the active adapters.
     Raises if the block contains one of ``names`` and a layer of ``module`` belongs to the block's
-    pool. If no layer belongs to it, the block may be for another model, such as the teacher of a
-    student, and a warning is issued once per pool.
+    pool. If no layer belongs to that pool, the block may be for another model, such as the teacher
+    of a student, and a warning is issued once per pool.
 
     Args:
         module: layer or model of PEFT.
@@ -175,8 +178,8 @@ def refuse_block(
         isinstance(layer, PoolLayer) and layer.handle == block.handle for layer in module.modules()
     ):
         raise RuntimeError(message)
-    # The blocks that training methods enter contain adapters of layers and have no slots. They
-    # cause no warning unless they contain one of `names`.
+    # Training methods enter blocks without slots, which contain adapters of layers. Such a block
+    # causes no warning unless it contains one of `names`.
     other = other_names and block.num_slots and block.assignment.names
     if (ours or other) and block.handle not in _warned:
         _warned.add(block.handle)
@@ -186,7 +189,7 @@ def refuse_block(
 def refuse_layers_of_peft(model: nn.Module, left: dict[str, str]) -> None:
     """Raise NotImplementedError if a layer that PEFT runs has a trained adapter.
 
-    This is called in a training forward with ``adapter_names`` on several processes.
+    Call this in a training forward with ``adapter_names``, if there are several processes.
 
     Args:
         model: PEFT's model.
@@ -202,17 +205,17 @@ def refuse_layers_of_peft(model: nn.Module, left: dict[str, str]) -> None:
 
 
 def refuse_exact(base: Any, why: str | None) -> None:
-    """Raise ValueError if PEFT would compute a layer of an exact model, for the reason ``why``."""
+    """Raise ValueError if ``base`` is exact and PEFT must run the layer, for the reason ``why``."""
     exact = getattr(base, "exact", False)
     require(not (why and exact), "exact", "model", "adapters that lora_ext computes", why)
 
 
 def refuse_mixtures(model: nn.Module, names: Assignment) -> None:
-    """Raise if a mixture of ``adapter_names`` has an adapter that cannot be in one.
+    """Raise if a mixture in ``adapter_names`` contains an adapter that cannot be mixed.
 
     Raises:
-        NotImplementedError: If PEFT runs a layer of the adapter, or the adapter has more than
-            factors: a magnitude, ``modules_to_save``, ``trainable_token_indices``.
+        NotImplementedError: If PEFT runs a layer of the adapter, or the adapter has other parts
+            than factors: a magnitude, ``modules_to_save``, ``trainable_token_indices``.
         UnknownAdapterError: If no layer has the adapter.
     """
     together = {name for own in names.names if isinstance(own, tuple) for name in own}
@@ -243,10 +246,10 @@ def no_gradients_without_rows(found: str) -> NotImplementedError:
 
 
 def turned_layers(model: nn.Module) -> tuple[str, ...]:
-    """Return the names of the layers with input ``(tokens, sequences, ...)`` that PEFT runs.
+    """Return the names of the layers that PEFT runs with an input ``(tokens, sequences, ...)``.
 
-    PEFT assigns adapters to the first dimension. If there are as many tokens as sequences, PEFT
-    would silently use the adapter of one sequence for all tokens at one position.
+    PEFT assigns adapters along the first dimension. If there are as many tokens as sequences, PEFT
+    would silently use the adapter of sequence i for all tokens at position i.
     """
     layers = {name: model.get_submodule(name) for name in _layouts.tokens_first(model)}
     return tuple(
@@ -257,15 +260,15 @@ def turned_layers(model: nn.Module) -> tuple[str, ...]:
 
 
 def refuse_turned(names: Sequence[str], turned: Sequence[str]) -> None:
-    """Raise ValueError if ``names`` differ and ``turned`` is not empty.
+    """Raise ValueError if ``names`` are not all equal and there are ``turned`` layers.
 
     ``turned`` is the result of :func:`turned_layers`.
     """
     if turned and len(set(names)) > 1:
         raise ValueError(
-            f"from_peft: adapter_names: {turned[0]}: expected one name for all rows, because PEFT "
-            "runs this layer and the first dimension of its input is the tokens, found "
-            f"{', '.join(sorted(set(map(str, names))))!r:.200}; remove it from target_modules"
+            f"from_peft: adapter_names: {turned[0]}: expected one name for all rows, found "
+            f"{', '.join(sorted(set(map(str, names))))!r:.200}; PEFT runs this layer, whose input "
+            "has the tokens as its first dimension: remove it from target_modules"
         )
 
 

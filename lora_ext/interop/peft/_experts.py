@@ -2,8 +2,8 @@
 
 PEFT wraps an experts module once for each adapted parameter. In each forward, PEFT's wrapper adds
 the update to the weight matrices of all experts. Here, the outermost wrapper computes the whole
-module, and each token is multiplied only by the factors of its adapter for its experts. The names
-of parameters and the format of files are PEFT's.
+module, and multiplies each token only by the factors of the token's adapter for the token's
+experts. Parameters have PEFT's names, and files PEFT's format.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class FusedExperts(Fused, ParamWrapper):
     of_peft = ParamWrapper
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """Compute the experts as PEFT does, with an adapter per row if ``adapter_names`` is given.
+        """Return the output that PEFT computes, with an adapter per row if there are names.
 
         Args:
             x: hidden states ``(T, H)``.
@@ -84,11 +84,11 @@ class FusedExperts(Fused, ParamWrapper):
         return experts_forward(self.get_base_layer(), x, *args, update)
 
     def uncovered(self, adapter: str) -> str | None:
-        """Return the reason why an adapter needs PEFT's forward; None if it does not."""
+        """Return why PEFT's forward must run with an adapter; None if lora_ext can run it."""
         experts: Any = self.get_base_layer()
         if self.parameter_name not in projections(experts):
             return (
-                f"{self.parameter_name} of a {type(experts).__name__} is not a floating "
+                f"{self.parameter_name} of a {type(experts).__name__} is not a floating-point "
                 "matrix of routed experts"
             )
         obstacle = obstacle_of(experts)
@@ -110,8 +110,8 @@ def _calls(
 ) -> list[tuple[tuple[str, ...], Tensor | None]]:
     """Return the arguments of each call of ``experts_update`` that a layer needs.
 
-    They are the names of one or more adapters, and the index of each row's adapter among them. If
-    ``rows`` is None, each adapter has a separate call with None, in which it applies to all rows.
+    The arguments are names of adapters, and for each row the index of its adapter among the names.
+    If ``rows`` is None, there is one call per adapter, with None: the adapter applies to all rows.
     """
     if rows is None:
         return [((name,), None) for name in adapters]

@@ -1,10 +1,10 @@
-"""Fused versions of PEFT's layer classes, and layers of kinds other than LoRA.
+"""Fused versions of PEFT's layer classes, and layers of adapters other than LoRA.
 
-The factors of the other kinds are computed from the layer's parameters in every forward, so
-gradients reach them. A module that defines a layer class of PEFT for quantised base layers can be
-imported only if the quantiser is installed, so a fused class is created when a model first needs
-it. The quantised base layer computes its output and the gradient of its input. lora_ext adds the
-update in one op.
+A *fused* class has a forward that calls lora_ext. For adapters other than LoRA, every forward
+computes the factors from the layer's parameters, so that the parameters get gradients. PEFT's
+classes for quantised base layers can be imported only if the quantiser is installed. A fused class
+is therefore created when a model first needs it. The quantised base layer computes its output and
+the gradient of its input, and lora_ext adds the update in one op.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from ._adapters import refuse_exact
 from ._layers import Fused as Fused  # found by `__getattr__`
 
 _DROPOUTS = ("rank_dropout", "module_dropout")
-# Settings of a file that a model does not need: the model has all tensors, and each layer its own.
+# Settings that matter only for files. In a model, each layer has all of its own tensors.
 _LIVE = {"save_only_topk_weights": False, "weight_tying": 1.0}
 
 _MODULES = "peft.tuners.lora."
@@ -40,28 +40,31 @@ COVERED = f"{_MODULES}layer.Linear, layer.ParamWrapper and {', '.join(_CLASSES)}
 
 
 class _Plan(NamedTuple):
-    """Values of a layer and one adapter that all forwards use."""
+    """Values for one adapter of a layer that do not change between forwards."""
 
     config: Any  # configuration that the plan was made for
     kind: Kind
     fields: Mapping[str, Any]
     spec: Any
-    stores: dict[str, str]  # attribute of the layer with a part, by the stem of the part
+    stores: dict[str, str]  # by stem of a part's name: the layer's attribute that contains the part
     refused: str | None = None  # why lora_ext cannot compute the adapter
 
 
 class FusedKind(nn.Module if TYPE_CHECKING else object):
-    """Mixin for a layer class of PEFT. It must be placed before the class, :attr:`of_peft`."""
+    """Mixin for PEFT's layers of adapters other than LoRA, with a forward that uses lora_ext.
+
+    Place the mixin before PEFT's class, :attr:`of_peft`.
+    """
 
     of_peft: ClassVar[Any]
     #: Configuration of each adapter, the dict of PEFT's model.
     configs: Mapping[str, Any]
-    #: Plans of adapters, made in the first forward.
+    #: Values of each adapter that do not change between forwards, set in its first forward.
     plans: dict[str, _Plan]
     base_layer: nn.Module
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """Compute the layer as PEFT does."""
+        """Return the layer's output ``(..., O)`` for ``x (..., I)``, as PEFT computes it."""
         layer: Any = self
         active = [name for name in layer.active_adapters if self._plan(name) is not None]
         simple = not (args or kwargs or layer.disable_adapters or layer.merged)
@@ -93,11 +96,14 @@ class FusedKind(nn.Module if TYPE_CHECKING else object):
         return y
 
     def left(self) -> set[str | None]:
-        """Return why PEFT computes the layer, for each of its adapters; None if it does not."""
+        """Return the reasons why PEFT must run some adapters of the layer.
+
+        The set contains None if lora_ext can run an adapter.
+        """
         return {self.uncovered(name) for name in self.configs if self._plan(name) is not None}
 
     def uncovered(self, adapter: str) -> str | None:
-        """Return why an adapter of this layer needs PEFT's forward now; None if it does not."""
+        """Return why PEFT's forward must run now with an adapter; None if lora_ext can run it."""
         plan = self._plan(adapter)
         if plan is None or plan.refused or not self.training:
             return plan and plan.refused
@@ -111,7 +117,7 @@ class FusedKind(nn.Module if TYPE_CHECKING else object):
         return f"adapter {adapter!r} has dropout" if any(drops) else None
 
     def _plan(self, adapter: str) -> _Plan | None:
-        """Return the plan of an adapter, or None if the layer has none of a known kind."""
+        """Return the plan of an adapter, or None if the layer lacks it or its kind is unknown."""
         config, plan = self.configs.get(adapter), self.plans.get(adapter)
         if plan is not None and plan.config is config:
             return plan
@@ -172,12 +178,12 @@ def known_kind(config: Any) -> Kind | None:
 
 @functools.cache
 def fused_class(mixin: type, kind: type) -> type:
-    """Return the subclass of a layer class of PEFT with the forward of :class:`FusedKind` or
-    :class:`Fused`. Its name is PEFT's, because ``repr`` and model cards print it."""
+    """Return the subclass of ``mixin`` and of ``kind``, a layer class of PEFT. The subclass keeps
+    the name of ``kind``, which ``repr`` and model cards print."""
     names = "kwargs" in inspect.signature(kind.forward).parameters  # pyright: ignore
     body = {"of_peft": kind, "peft_takes_names": names}
     fused = type(kind.__name__, (mixin, kind), body)
-    # Pickle finds the class with `__getattr__`; a dot would name an attribute of a class.
+    # Pickle finds the class with `__getattr__`. A dot in the name would mean a nested class.
     found = f"{mixin.__name__}:{kind.__module__}:{kind.__qualname__}"
     fused.__module__, fused.__qualname__ = __name__, found.replace(".", "/")
     return fused
@@ -203,7 +209,7 @@ def __getattr__(name: str) -> Any:
 
 
 def swap_kinds(model: nn.Module, never_called: Container[Any]) -> None:
-    """Change the class of each layer of a known kind with a linear base layer that is called."""
+    """Set a fused class on linear layers with adapters of known kinds, except ``never_called``."""
     for tuner in model.modules():
         configs: Any = getattr(tuner, "peft_config", None)
         if not isinstance(configs, dict) or not any(map(known_kind, configs.values())):

@@ -38,7 +38,7 @@ _VARIANTS = DoraLinearVariant, ALoraLinearVariant, ArrowLinearVariant
 
 
 def uncovered(module: Any, adapter: str) -> str | None:
-    """Return why an adapter of a fused layer needs PEFT's forward; None if it does not."""
+    """Return why PEFT's forward must run with a layer's adapter; None if lora_ext can run it."""
     variant = module.lora_variant.get(adapter)
     if variant is not None and type(variant) not in _VARIANTS:
         return f"adapter {adapter!r} is a {type(variant).__name__}"
@@ -68,11 +68,11 @@ def uncovered(module: Any, adapter: str) -> str | None:
 
 
 class Fused(PeftLinear if TYPE_CHECKING else object):
-    """Mixin for a layer class of PEFT: one op computes the updates, and one their gradients.
+    """Mixin for a layer class of PEFT: one op computes the updates, another one their gradients.
 
-    If the base layer is a plain linear layer, its product is part of the same op. The mixin must be
-    placed before the class of PEFT, :attr:`of_peft`. Shape letters: ``I`` input features, ``O``
-    output features.
+    If the base layer is a plain linear layer, the same op computes the base layer's product. Place
+    the mixin before PEFT's class, which is :attr:`of_peft`. Shape letters: ``I`` input features,
+    ``O`` output features.
     """
 
     asks_what_is_off = True
@@ -84,7 +84,7 @@ class Fused(PeftLinear if TYPE_CHECKING else object):
     uncovered = uncovered
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """Compute the layer as PEFT does, with an adapter per sequence if names are given.
+        """Return the output that PEFT computes, with an adapter per sequence if there are names.
 
         Args:
             x: input ``(..., I)``.
@@ -102,7 +102,7 @@ class Fused(PeftLinear if TYPE_CHECKING else object):
         names = kwargs.get("adapter_names")
         given = names_of_layer(self, names)
         if given is not None and given.mixed and (self._disable_adapters or self.merged):
-            kwargs["adapter_names"] = [BASE] * len(given.places)  # PEFT would hash the entries.
+            kwargs["adapter_names"] = [BASE] * len(given.places)  # PEFT cannot hash mixtures.
         offsets = offsets_of_layer(kwargs.get("alora_offsets"))
         if offsets is not None:
             kwargs["alora_offsets"] = offsets
@@ -155,32 +155,38 @@ class Fused(PeftLinear if TYPE_CHECKING else object):
         trained: Any,
         kwargs: dict[str, Any],
     ) -> Tensor:
-        """Call PEFT's forward, for the reasons ``left``, or raise if it would not be correct."""
+        """Call PEFT's forward for the reasons ``left``; raise if its result would be wrong."""
         reasons = "; ".join(left)
         refuse_exact(self.base_layer, reasons)
         if fits and trained:
             raise no_gradients_without_rows(reasons)
         if given is None:
             return self._forward_of_peft(x, **kwargs)
-        where, expected = "from_peft", "adapters that lora_ext runs beside rows with weights"
+        where, expected = "from_peft", "adapters that lora_ext can run in one batch with mixtures"
         mixed = fits and given.mixed
         require(not mixed, where, "adapter_names", expected, reasons, NotImplementedError)
         kwargs["adapter_names"] = given.plain()
         if self.tokens_first and x.dim() > 2:  # PEFT's forward expects sequences first.
             turned = self._forward_of_peft(x.transpose(0, 1), **kwargs)
-            return turned.transpose(0, 1).contiguous()  # Some models call `view` on it.
+            return turned.transpose(0, 1).contiguous()  # Some models call `view` on the output.
         return self._forward_of_peft(x, **kwargs)
 
     def left(self) -> set[str | None]:
-        """Return why PEFT computes the layer, for each of its adapters; None if it does not."""
+        """Return the reasons why PEFT must run some adapters of the layer.
+
+        The set contains None if lora_ext can run an adapter.
+        """
         return {self.uncovered(name) for name in self.lora_A}
 
     def unmixed(self, name: str, together: bool) -> str | None:
-        """Return why an adapter cannot have a weight, or be in a row with other adapters."""
+        """Return why an adapter cannot be in a mixture, or None if it can.
+
+        ``together`` is True if the mixture contains several adapters.
+        """
         if self._is_dora(name):
             return "it uses DoRA, and a rescaled output has no weighted sum"
         if together and activated(self, (name,)):
-            return "it is activated, which is possible only for one adapter per row"
+            return "it is an aLoRA, which must be the only adapter of a row"
         return None
 
     def _dense(self) -> DenseParameters:
@@ -194,8 +200,8 @@ class Fused(PeftLinear if TYPE_CHECKING else object):
                 kind, found = type(self).__name__, kwargs.get("adapter_names")
                 raise ValueError(
                     "from_peft: adapter_names: expected one name per sequence and adapters that "
-                    f"lora_ext computes, because PEFT's {kind} takes no names, found {found!r:.200}"
-                    f" for an input of shape {tuple(x.shape)}"
+                    f"lora_ext computes, found {found!r:.200} for an input of shape "
+                    f"{tuple(x.shape)}; PEFT's {kind} takes no names"
                 )
             kwargs = {}
         return forward_of_the_rest(self.of_peft.forward, self, x, *args, **kwargs)
@@ -230,6 +236,6 @@ _cached = getattr(dora, "cache_decorator", lambda _key: lambda function: functio
 def _norm(_: Any, weight: Tensor, factors: LoraFactors, *, adapter_name: str) -> Tensor:
     """Return the weight norm of each output for a DoRA adapter.
 
-    Inside PEFT's ``DoraCaching``, PEFT's decorator caches the result in the DoRA layer ``_``.
+    Inside PEFT's ``DoraCaching``, PEFT's decorator caches the result in ``_``, the DoRA layer.
     """
     return ops.lora_dora_norm(weight, factors.a, factors.b, factors.scaling)

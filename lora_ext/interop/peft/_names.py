@@ -1,13 +1,13 @@
 """Arguments of a PEFT forward that select the adapters: ``adapter_names`` and ``alora_offsets``.
 
-PEFT passes ``adapter_names`` to its layers with hooks. When a gradient checkpoint recomputes a
-block of layers in the backward, PEFT has already removed the hooks, so the checkpoint passes the
-names.
+PEFT passes ``adapter_names`` to its layers with hooks, which it removes before the backward. If
+gradient checkpointing recomputes a block of layers in the backward, functions of this module pass
+the names to these layers.
 
 ``alora_offsets`` are for activated adapters (aLoRA), which apply only to the tokens after an
-invocation. They contain a number for each row: the adapter applies to this many tokens at the end
-of the input of a forward. With a cache, ``generate`` passes the whole prompt first and then one new
-token per row, so the numbers of the prompt stay valid. Settings with other forwards
+invocation. Each row has an offset: the number of tokens, at the end of a forward's input, to which
+the adapter applies. With a cache, ``generate`` passes the whole prompt first and then one new token
+per row, so the offsets of the prompt stay valid. Settings with other forwards
 (``use_cache=False``, ``prefill_chunk_size``) are rejected.
 """
 
@@ -45,8 +45,8 @@ class Given(NamedTuple):
     """Arguments of a PEFT model's forward that select the adapters."""
 
     names: Assignment | None
-    #: Number of tokens at the end of each row to which its activated adapter applies; None for a
-    #: row without one.
+    #: Number of tokens at the end of each row to which the row's activated adapter applies; None
+    #: for a row without an activated adapter.
     offsets: Offsets | None = None
 
 
@@ -55,18 +55,18 @@ _current: ContextVar[Given | None] = ContextVar("lora_ext.peft_current", default
 # Arguments with which a checkpointed block ran, while the backward recomputes the block.
 _recomputed: ContextVar[Given | None] = ContextVar("lora_ext.peft_recomputed", default=None)
 
-# Layers that had names in their last training forward. If such a layer runs again inside a backward
-# without names, another library's checkpoint recomputes it, and it would train other adapters.
+# Layers that had names in their last training forward. If such a layer runs inside a backward
+# without names, the checkpointing of another library recomputes it, and would train other adapters.
 _named: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 
 
 def assignment_of(names: Sequence[str]) -> Assignment:
-    """Return ``adapter_names`` as an assignment, which is made once for all layers of a forward."""
+    """Convert ``adapter_names`` to an assignment, cached for all layers of a forward."""
     if isinstance(names, NamedRows):
         return names.assignment
     given, last = tuple[Any, ...](names), _last_names.get()
     if last is None or last[0] != given:
-        # Copies, because the caller may change a mixture, which would then still be equal.
+        # Copies are stored, because a mixture that the caller changed would still equal itself.
         kept = tuple(dict(n) if isinstance(n, Mapping) else n for n in given)
         last = kept, Assignment.of_entries(given, (len(given),))
         _last_names.set(last)
@@ -106,7 +106,8 @@ def names_of_layer(layer: nn.Module, given: Sequence[str] | None) -> Assignment 
 def offsets_of_layer(given: Offsets | None) -> Offsets | None:
     """Return the ``alora_offsets`` of a layer's forward.
 
-    ``given`` is the value from PEFT's hooks. If it is None, a checkpoint's value is used, if any.
+    ``given`` is the value from PEFT's hooks. If it is None, the value that a checkpoint passes to
+    its recomputation is used, if any.
     """
     again = None if given is not None or compiles() else _recomputed.get()
     return given if again is None else again.offsets
@@ -114,10 +115,7 @@ def offsets_of_layer(given: Offsets | None) -> Offsets | None:
 
 @contextlib.contextmanager
 def kept_by_checkpoints(model: nn.Module, given: Given) -> Iterator[None]:
-    """Make gradient checkpoints pass ``given`` to their recomputation.
-
-    This applies to the checkpoints of all forwards inside the ``with`` block.
-    """
+    """Return a context manager in which gradient checkpoints pass ``given`` to recomputations."""
     block: Any
     for block in model.modules():
         checkpoint = getattr(block, "_gradient_checkpointing_func", None)
@@ -145,7 +143,10 @@ def _hooked(layers: Iterable[Any], hook: Callable[..., Any]) -> Iterator[None]:
 
 @contextlib.contextmanager
 def entries_given(model: nn.Module, names: Assignment) -> Iterator[None]:
-    """Pass entries with weights to the fused layers, after PEFT's hooks have passed plain names."""
+    """Return a context manager that gives fused layers the entries with weights.
+
+    The hooks run after PEFT's hooks, which pass plain names.
+    """
     entries = names.spelled()
 
     @functools.cache
@@ -165,8 +166,8 @@ def entries_given(model: nn.Module, names: Assignment) -> Iterator[None]:
 class _KeepsNames:
     """Checkpoint function that passes the adapter arguments of its forward to the recomputation.
 
-    It wraps the checkpoint function of a module. Without adapter arguments, it only calls the
-    wrapped function. It is not removed after the forward, since another thread may be running it.
+    The object wraps the checkpoint function of a module. Without adapter arguments, it only calls
+    that function. It stays after the forward, since another thread may be running it.
     """
 
     def __init__(self, checkpoint: Callable[..., Any]):
@@ -185,10 +186,7 @@ class _KeepsNames:
 
 
 def _remind(_layer: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-    """Pass the names and offsets to a layer that PEFT runs, if a checkpoint recomputes it.
-
-    This is a forward pre-hook.
-    """
+    """Pass names and offsets to a layer of PEFT that a checkpoint recomputes (pre-hook)."""
     again = None if compiles() else _recomputed.get()
     if again is None:
         return args, kwargs
@@ -210,7 +208,7 @@ def forget_checkpoints(module: Any) -> None:
 
 
 def activated(layer: Any, names: Sequence[str]) -> tuple[str, ...]:
-    """Return those of ``names`` that are activated adapters of the layer."""
+    """Return the names among ``names`` of the layer's activated adapters (aLoRA)."""
     return tuple(n for n in names if type(layer.lora_variant.get(n)) is ALoraLinearVariant)
 
 
@@ -252,7 +250,7 @@ def rows_of_offsets(
             else 0
             for place, offset in zip(places, each, strict=True)
         )
-        # PEFT has found the starts already, so any token can represent an invocation.
+        # PEFT has found the starts already, so the tokens of the invocations are not used.
         invocations = [(0,) if it else () for it in table]
         weights = names.weights if names.shape or names.weights is None else names.weights * count
         entries = Assignment(names.names, places, (count,), weights=weights)
@@ -264,7 +262,7 @@ def rows_of_offsets(
 
 @contextlib.contextmanager
 def offsets_given(model: nn.Module, offsets: Offsets | None) -> Iterator[None]:
-    """Pass the offsets to all LoRA layers, with hooks that stay until the ``with`` block ends.
+    """Return a context manager in which hooks pass the offsets to all LoRA layers.
 
     PEFT's own hooks do not support a checkpoint that runs several forwards per backward.
     """
@@ -291,10 +289,10 @@ def copies_of_prompt(settings: dict[str, Any], *defaults: Any) -> int:
 def refuse_other_forwards(model: Any, settings: dict[str, Any]) -> None:
     """Raise NotImplementedError for settings of ``generate`` that PEFT's offsets do not support.
 
-    PEFT counts the adapted tokens from the end of a forward's input. Without a cache, or with a
-    prompt in chunks, this is not the end of the prompt, and the wrong tokens would be adapted. The
-    error is also raised if the number of beams or returned sequences is set only in the model's
-    ``generation_config``.
+    PEFT counts the adapted tokens from the end of a forward's input. Without a cache, or if the
+    prompt is processed in chunks, the input does not end with the prompt, and wrong tokens would be
+    adapted. The error is also raised if the number of beams or returned sequences is set only in
+    the model's ``generation_config``.
     """
     given, used = copies_of_prompt(settings), copies_of_prompt(settings, model.generation_config)
     if given != used:
@@ -310,5 +308,5 @@ def refuse_other_forwards(model: Any, settings: dict[str, Any]) -> None:
         raise NotImplementedError(
             "from_peft: generate: expected use_cache=True and prefill_chunk_size=None with an "
             f"activated adapter, found {found}: PEFT counts the adapted tokens from the end of "
-            "each forward's input, so it would adapt the wrong ones; use lora_ext.attach"
+            "each forward's input and would adapt the wrong tokens; use lora_ext.attach"
         )

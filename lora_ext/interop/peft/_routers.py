@@ -1,8 +1,8 @@
 """PEFT's layers that mix several adapters per token: X-LoRA and Arrow.
 
-A router computes the weights: in X-LoRA a classifier of the model, in Arrow the similarity of a
-token to a prototype of each adapter. PEFT computes every adapter for every token. Here, K adapters
-per token are K columns of a grouped op; if all adapters are used, their factors are stacked.
+A router computes the weight of each adapter for a token. X-LoRA's router is a classifier; Arrow's
+compares the token with a prototype of each adapter. PEFT computes every adapter for every token.
+Here, a grouped op computes only K adapters per token. If all are used, their factors are stacked.
 Shape letters: ``T`` tokens, ``A`` adapters, ``K`` adapters per token, ``I`` input features.
 
 Sources: X-LoRA (Buehler and Buehler 2024), Arrow (Ostapenko et al. 2024).
@@ -54,7 +54,7 @@ class FusedXLora(XLoraLinearLayer):
         return list(filter(self.target.lora_A.__contains__, self.target.active_adapters))
 
     def uncovered(self) -> str | None:
-        """Return why PEFT computes the layer; None if lora_ext does."""
+        """Return why PEFT must run the layer; None if lora_ext can run it."""
         if not hasattr(type(self.target), "uncovered"):
             return f"lora_ext does not run a {type(self.target).__name__}"
         b = self.target.lora_B
@@ -94,19 +94,19 @@ class FusedXLora(XLoraLinearLayer):
 
 
 def _mixture(count: int, ids: Tensor | None, w: Tensor) -> tuple[Rows | None, Tensor | None]:
-    """Return the last arguments of `lora_forward` for ``ids (T, K)``, or None for all adapters."""
+    """Return the last two arguments of `lora_forward`; ``ids (T, K)`` is None if all are used."""
     return (None, w) if ids is None else (planned(tuple(range(count)), ids.int(), w), None)
 
 
 def arrow_uncovered(layer: Any, name: str) -> str | None:
-    """Return why PEFT computes a fused layer with the Arrow router ``name``, or None."""
+    """Return why PEFT must run a layer with the Arrow router ``name``; None if lora_ext can."""
     if getattr(layer.base_layer, "exact", False):
         return f"adapter {name!r} routes tokens by a product that is not exact"
     return unmixable(layer, layer.lora_arrow[name].task_adapter_names)
 
 
 def arrow_forward(layer: Any, x: Tensor, name: str) -> Tensor:
-    """Compute a fused layer of PEFT with the Arrow router ``name``; ``x`` is ``(..., I)``."""
+    """Return the output of a fused layer with the Arrow router ``name``; ``x`` is ``(..., I)``."""
     arrow = layer.lora_arrow[name]
     a, b, scaling = layer.lora_A, layer.lora_B, layer.scaling
     arrow.gen_know_sub(a, b)
@@ -122,5 +122,5 @@ def arrow_forward(layer: Any, x: Tensor, name: str) -> Tensor:
     dropout = layer.lora_dropout[name]
     if not dropout_now(dropout):
         return lora_forward(x, layer.base_layer, factors, *mixture)
-    y = base_product(layer.base_layer, x)  # Arrow drops elements of the update.
+    y = base_product(layer.base_layer, x)  # Arrow's dropout is applied to the update, not to x.
     return (y + dropout(lora_update(x, factors, *mixture))).to(y.dtype)

@@ -45,13 +45,13 @@ class Report:
 
 
 def take_over(model: Model) -> Model:
-    """Implement :func:`lora_ext.from_peft`, which imports this module because it needs peft."""
+    """Implement :func:`lora_ext.from_peft`. This module is imported on demand: it needs peft."""
     found, known = f"a {type(model).__name__}", isinstance(model, nn.Module)
     require(known, "from_peft", "model", "a torch.nn.Module", found, TypeError)
+    _adapters.check_values(model)
     _kinds.swap_kinds(model, _never_called(model))
     if not any(isinstance(m, LoraLayer | _kinds.FusedKind) for m in model.modules()):
         raise ValueError("from_peft: model: expected layers with LoRA adapters, found none")
-    _adapters.check_values(model)
     _adapters.warn_of_other_bases(model)
     _swap(model, _fused_class)
     space_products(model)
@@ -70,7 +70,7 @@ def take_over(model: Model) -> Model:
 
 
 def to_peft(model: Model) -> Model:
-    """Undo :func:`lora_ext.from_peft`: set the class of every layer to PEFT's class again.
+    """Undo :func:`lora_ext.from_peft`: restore PEFT's class of every layer.
 
     The layers keep their current parameters.
 
@@ -122,7 +122,7 @@ def _never_called(model: nn.Module) -> set[nn.Module]:
 
 
 def report(model: nn.Module) -> Report:
-    """Return the LoRA layers of ``model`` that lora_ext runs, and those that PEFT still runs.
+    """Return which LoRA layers of ``model`` lora_ext runs, and which PEFT still runs.
 
     For each layer that PEFT runs, the report contains the reason.
     """
@@ -164,7 +164,7 @@ class _FusedLoraModel(LoraModel):
     turned: tuple[str, ...] = ()
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
-        """Call the model's ``generate``; if adapters are activated, check its settings first."""
+        """Call the model's ``generate``; for activated adapters, check the settings first."""
         if _begins.get():
             _names.refuse_other_forwards(self.model, kwargs)
         return self.model.generate(*args, **kwargs)
@@ -239,4 +239,4 @@ class _FusedLoraModel(LoraModel):
             hooks.__exit__(None, None, None)
 
 
-_FusedLoraModel.__name__ = LoraModel.__name__  # printed, as explained at FusedLinear
+_FusedLoraModel.__name__ = LoraModel.__name__  # for output, as explained at FusedLinear

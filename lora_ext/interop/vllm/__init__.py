@@ -40,7 +40,7 @@ def register() -> None:
     functions of vLLM. If the installed vLLM lacks one of them, the part is disabled with a warning.
 
     Raises:
-        ValueError: If ``LORA_EXT_VLLM`` has another value.
+        ValueError: If ``LORA_EXT_VLLM`` has the wrong value.
         ModuleNotFoundError: If vLLM is not installed.
     """
     mode = _loader.vllm_mode()
@@ -66,7 +66,7 @@ def register() -> None:
         return
 
     def get_punica_wrapper(cls: Any) -> str:
-        # vLLM calls this when it creates a model. The modules checked below are imported by then.
+        # vLLM calls this when it creates a model. It has then imported the modules checked below.
         lacking = _interface.lacking("wrapper", f"vllm.lora.punica_wrapper.{of_wrapper}")
         lacking = lacking or _interface.lacking("manager", _MANAGER)
         if lacking is None:
@@ -92,14 +92,14 @@ def _follow_requests() -> None:
             _interface.register_check(_interface.found(_FRONT), _activated.in_front)
     else:
         _warn(engine, "a reloaded adapter uses the old blocks of the prefix cache")
-    door = _interface.lacking("door", _ENGINE) or front
-    if door is None:
+    requests = _interface.lacking("requests", _ENGINE) or front
+    if requests is None:
         from . import _constraints  # imported here, as it loads control and serving
 
-        _constraints.build_at_door(_interface.found(_ENGINE))
+        _constraints.build_on_arrival(_interface.found(_ENGINE))
         _interface.register_check(_interface.found(_FRONT), _constraints.in_front)
     else:
-        _warn(door, "constraints of requests are not supported")
+        _warn(requests, "constraints of requests are not supported")
 
 
 def _warn(lacking: str, consequence: str) -> None:

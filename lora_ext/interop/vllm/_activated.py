@@ -3,8 +3,8 @@
 An activated adapter (:mod:`lora_ext.rows._activation`) starts at the last occurrence of its
 *invocation*, a sequence of tokens, in the prompt. The tokens before it use the base model.
 
-vLLM applies one adapter to a whole request, and rejects activated adapters. It uses the adapter of
-a request in two places, and this module changes both:
+vLLM applies one adapter to a whole request, and rejects activated adapters. vLLM uses a request's
+adapter in two places, and this module changes both:
 
 * The adapter of each token of a step: tokens before the start have none.
 * The keys of blocks in the prefix cache. The key of a block that ends before the start does not
@@ -52,17 +52,17 @@ def check_single(lora_request: Any) -> None:
     """Raise ValueError for a mixture of adapters, or an adapter with a weight."""
     if not isinstance(getattr(lora_request, "lora_name", None), str):
         raise ValueError(
-            "lora_request: expected a LoRARequest or None, because vLLM gives a request one "
-            f"adapter with a weight of 1, found {lora_request!r:.200}; save a mixture as one "
-            "adapter with lora_ext.adapter.merge_adapters(..., mode='delta')"
+            f"lora_request: expected a LoRARequest or None, found {lora_request!r:.200}; vLLM "
+            "applies one adapter with a weight of 1: save a mixture as one adapter with "
+            "lora_ext.adapter.merge_adapters(..., mode='delta')"
         )
 
 
 def read(lora_request: Any) -> tuple[int, ...]:
-    """Read the invocation from the configuration in the adapter's folder.
+    """Return the invocation from the configuration in the adapter's folder.
 
-    Returns () for an ordinary adapter, and also for a configuration that cannot be read, because
-    vLLM reports that error.
+    The result is () for an ordinary adapter, and also for a configuration that cannot be read,
+    because vLLM reports that error.
 
     Raises:
         ValueError: If the request is for a mixture; if the invocation is not a list of tokens; or
@@ -87,8 +87,8 @@ def read(lora_request: Any) -> tuple[int, ...]:
     elif lacking is None and importlib.import_module("vllm.envs").VLLM_USE_V2_MODEL_RUNNER:
         lacking = "VLLM_USE_V2_MODEL_RUNNER is set"
     if lacking is not None:
-        more = f"found {found!r:.200}; lora_ext.attach supports them"
-        raise ValueError(f"{where} none in this vLLM ({lacking}), {more}")
+        more = f"({lacking}), found {found!r:.200}; lora_ext.attach supports them"
+        raise ValueError(f"{where} none, as activated adapters are not supported here {more}")
     return tuple(found)
 
 
@@ -142,8 +142,8 @@ def follow_starts(lacking: str | None = None) -> None:
     The functions are wrapped in the whole process. Further calls do not wrap them again.
 
     Args:
-        lacking: reason why this vLLM cannot serve activated adapters, or None. With a reason,
-            nothing is wrapped, and the error for loading an activated adapter contains the reason.
+        lacking: reason why this vLLM cannot serve activated adapters, or None. If there is a
+            reason, nothing is wrapped, and errors for activated adapters contain the reason.
     """
     global _lacking
     _lacking = lacking
@@ -168,7 +168,7 @@ def follow_starts(lacking: str | None = None) -> None:
 
 
 def _features(inner: Any, helper: Any) -> Any:
-    """Run vLLM's check of a configuration without the invocation, which vLLM would reject.
+    """Remove the invocation, which vLLM would reject, and run vLLM's check of the configuration.
 
     :func:`read` has read the invocation before.
     """
@@ -179,7 +179,7 @@ def _features(inner: Any, helper: Any) -> Any:
 def _keys(
     inner: Any, request: Any, start_token_idx: int, end_token_idx: int, start_mm_idx: int
 ) -> Any:
-    """Return the additional keys of one block of a request, given the start of its adapter."""
+    """Return the additional prefix-cache keys of a request's block, given its adapter's start."""
     keys, place = inner(request, start_token_idx, end_token_idx, start_mm_idx)
     # The start is cached: this is called for each block, and the prompt may be long.
     if not hasattr(request, _START):
@@ -197,7 +197,7 @@ def _keys(
 
 
 def _rows(inner: Any, batch: Any, num_scheduled_tokens: Any, num_sampled_tokens: Any) -> Any:
-    """Return the adapter of each sampled position and of each token of a step."""
+    """Return the adapters of a step's sampled positions and tokens, and the LoRA requests."""
     samples, tokens, requests = inner(batch, num_scheduled_tokens, num_sampled_tokens)
     invocations = {each.lora_int_id: invocation_of(each) for each in requests}
     if not any(invocations.values()):

@@ -36,13 +36,13 @@ _GREEDY = 1e-5  # Below this temperature, vLLM always chooses the most likely to
 #: Fields of SamplingParams that could cut a text early, or forbid tokens that a constraint needs.
 _NONE_OF = """stop bad_words allowed_token_ids structured_outputs ignore_eos
     thinking_token_budget""".split()
-_doors: set[type] = set()  # engine classes of this process that build constraints
+_engines: set[type] = set()  # engine classes of this process that build constraints
 
 
 def asked_for(params: Any) -> Callable[[Any], Constraint] | None:
     """Return a function that builds the constraint of a request from a vocabulary.
 
-    Returns None if the request has no constraint, or if it has been built already.
+    Returns None if the request has no constraint, or if the constraint has been built already.
 
     Args:
         params: vLLM's ``SamplingParams``.
@@ -59,7 +59,7 @@ def asked_for(params: Any) -> Callable[[Any], Constraint] | None:
         try:
             given = json.loads(given)
         except (ValueError, RecursionError) as error:
-            raise ValueError(f"{KEY}: expected JSON, found an error: {error!s:.120}") from None
+            raise ValueError(f"{KEY}: expected JSON: {error!s:.120}") from None
     instance(KEY, "value", given, Mapping)
     for name in _NONE_OF:
         found = getattr(params, name, None)
@@ -77,7 +77,7 @@ def asked_for(params: Any) -> Callable[[Any], Constraint] | None:
 def budget_of(params: Any, prompt: Sequence[int] | None, length: int) -> int:
     """Return the maximum number of new tokens of a request.
 
-    ``max_tokens`` and the model's maximum length limit it.
+    ``max_tokens`` and the model's maximum length limit this number.
     """
     left = length - len(prompt or ())
     return left if params.max_tokens is None else min(params.max_tokens, left)
@@ -137,7 +137,7 @@ class Builder:
         return vocabulary_of(KEY, tokenizer, model.get_vocab_size(), ends)
 
 
-def build_at_door(engine: Any) -> None:
+def build_on_arrival(engine: Any) -> None:
     """Make vLLM's ``EngineCore`` build constraints when requests arrive, in the whole process."""
 
     def preprocess_add_request(inner: Any, self: Any, request: Any, *args: Any) -> Any:
@@ -148,7 +148,7 @@ def build_at_door(engine: Any) -> None:
         return inner(self, request, *args)
 
     wrap(engine, "preprocess_add_request", preprocess_add_request, _MARK)
-    _doors.add(engine)
+    _engines.add(engine)
 
 
 def in_front(settings: Any) -> Callable[[Any], None]:
@@ -165,7 +165,7 @@ def in_front(settings: Any) -> Callable[[Any], None]:
 # --- logits of a step -----------------------------------------------------------------------------
 @dataclass
 class _Following:
-    """Request of the batch with the state of its constraint after the generated tokens."""
+    """Request of the batch, with its constraint's state after the first ``seen`` new tokens."""
 
     row: Row | None
     temperature: float
@@ -176,10 +176,10 @@ class _Following:
 class ConstrainedRows:
     """Logits processor that applies constraints, without the base class of vLLM.
 
-    vLLM divides the logits by the temperature afterwards. Tokens then have the distribution that
-    ``docs/control.md`` describes. Penalties, ``top_p``, ``top_k`` and ``min_p`` change this
-    distribution, but texts still satisfy their constraints. Rows without a constraint stay
-    unchanged. Shape letters: ``B`` rows of the batch, ``V`` vocabulary size.
+    After this processor, vLLM divides the logits by the temperature. Tokens then have the
+    distribution that ``docs/control.md`` describes. Penalties, ``top_p``, ``top_k`` and ``min_p``
+    change this distribution, but texts still satisfy their constraints. Rows without a constraint
+    stay unchanged. Shape letters: ``B`` rows of the batch, ``V`` vocabulary size.
 
     Args:
         vllm_config: vLLM's configuration. If ``additional_config`` contains "lora_ext_guide", it is
@@ -211,8 +211,8 @@ class ConstrainedRows:
             asked = asked_for(sampling_params)
         except NotImplementedError as error:
             raise ValueError(str(error)) from None
-        expected = "lora_ext's vLLM plug-in enabled (see LORA_EXT_VLLM and warnings at the start)"
-        require(asked is None or _doors, KEY, "value", expected, "it disabled")
+        expected = "an engine with lora_ext's plug-in (see LORA_EXT_VLLM and warnings at the start)"
+        require(asked is None or _engines, KEY, "value", expected, "an engine without it")
 
     def is_argmax_invariant(self) -> bool:
         """Return False, because a constraint can forbid the most likely token."""

@@ -13,8 +13,8 @@ _Base: Any = importlib.import_module("vllm.lora.punica_wrapper.punica_cpu").Puni
 class LoraExtWrapperCPU(Updates, _Base):
     """vLLM's CPU wrapper, with lora_ext's methods for the updates.
 
-    vLLM's methods still manage the buffers of adapter ids, and compute classification heads that an
-    adapter replaces.
+    vLLM's methods still manage the buffers of adapter ids, and still compute the classification
+    heads that adapters replace.
     """
 
     def add_lora_w13(self, *args: Any, **kwargs: Any) -> Any:

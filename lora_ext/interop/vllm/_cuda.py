@@ -2,8 +2,8 @@
 
 Parts of it are tested on the emulator, but it has never run on a GPU. It is disabled by default and
 enabled by ``LORA_EXT_VLLM=cuda``. A captured CUDA graph reads adapter ids and ranks from buffers
-with a fixed address, so each replay uses the rows of the current step. During a capture, no
-decision depends on state of the step that is on the host.
+with fixed addresses, so each replay uses the rows of the current step. During a capture, no
+decision depends on the current step's state on the host.
 """
 
 from __future__ import annotations
@@ -19,6 +19,6 @@ _Base: Any = importlib.import_module("vllm.lora.punica_wrapper.punica_gpu").Puni
 class LoraExtWrapperCUDA(Updates, _Base):
     """vLLM's CUDA wrapper, with lora_ext's methods for the updates.
 
-    vLLM's methods still manage the buffers of adapter ids, and compute routed experts and the
-    classification heads that an adapter replaces.
+    vLLM's methods still manage the buffers of adapter ids, and still compute routed experts and the
+    classification heads that adapters replace.
     """

@@ -1,9 +1,9 @@
 """Methods that a compiled graph calls as ops.
 
-The methods of a punica wrapper read the adapters of the current step's rows. If torch.compile
-traced into such a method, the graph would contain the rows of the step in which it was traced. In a
-graph the method is therefore an op, which looks up the wrapper by a number and reads the rows when
-the graph runs.
+The methods of a punica wrapper (vLLM's object that adds the updates of LoRA layers) read the
+adapters of the current step's rows. If torch.compile traced into such a method, the graph would
+contain the rows of the step that was traced. A graph therefore calls the method as an op. The op
+looks up the wrapper by a number and reads the rows when the graph runs.
 """
 
 from __future__ import annotations

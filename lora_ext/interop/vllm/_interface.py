@@ -31,7 +31,7 @@ _CALLED: dict[str, dict[str, str]] = {
         "pin_lora": "lora_id",
         "list_loras": "",
     },
-    "door": {"preprocess_add_request": "request"},
+    "requests": {"preprocess_add_request": "request"},
     "front": {"add_request": ""},
     "keys": {
         "generate_block_hash_extra_keys": "request start_token_idx end_token_idx start_mm_idx"
@@ -43,7 +43,7 @@ _CALLED: dict[str, dict[str, str]] = {
 _READ = {
     "wrapper": "_token_lora_indices _sampler_indices",
     "manager": "lora_index_to_id punica_wrapper_mapping",
-    "door": "vllm_config",
+    "requests": "vllm_config",
     "front": "vllm_config input_processor",
     "batch": "request_lora_mapping num_prompt_tokens num_computed_tokens_cpu token_ids_cpu",
     "helper": "alora_invocation_tokens",
@@ -84,14 +84,14 @@ def missing(part: str, owner: Any) -> str | None:
         if not callable(function):
             return f"{owner.__name__}.{name}"
         parameters = list(inspect.signature(function).parameters.values())
-        # With *args, another plug-in has probably wrapped it, and nothing can be compared.
+        # A function with *args is probably another plug-in's wrapper, so names are not compared.
         wrapped = any(each.kind is each.VAR_POSITIONAL for each in parameters)
         expected = wanted.split()
         named = [each.name for each in parameters[first : first + len(expected)]]
         if not wrapped and named != expected:
             return f"{owner.__name__}.{name}({', '.join(expected)})"
     read = _READ.get(part, "").split()
-    # Names in the code of the methods: attributes of instances are declared nowhere else.
+    # The code of the methods is searched, since instance attributes are not declared elsewhere.
     bases = owner.__mro__ if read else ()
     members = filter(callable, (member for base in bases for member in vars(base).values()))
     codes = [getattr(inspect.unwrap(member), "__code__", None) for member in members]
@@ -124,9 +124,9 @@ def register_check(front: Any, checker: Callable[[Any], Callable[[Any], object]]
     """Check the requests of every ``LLMEngine`` that this process creates from now on.
 
     ``LLMEngine`` registers a request and then passes it to the engine's core. If the core rejected
-    the request, ``LLMEngine`` would wait for it forever. The checks that the plug-in adds to the
-    core therefore also run here, before the request is registered. vLLM's asynchronous engine,
-    which a server uses, needs no checks here: it receives the core's errors, and a check would
+    the request, ``LLMEngine`` would wait for the request forever. The checks that the plug-in adds
+    to the core therefore also run here, before the request is registered. vLLM's asynchronous
+    engine, which a server uses, is not changed: it receives the core's errors, and a check would
     block its event loop.
 
     Registering the same ``checker`` again does nothing.

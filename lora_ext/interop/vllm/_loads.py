@@ -1,8 +1,8 @@
 """Unique name and number for each load of an adapter, inside vLLM's engine.
 
 vLLM identifies an adapter by its name and path in the keys of the prefix cache, by its name in a
-step, and by its number (``lora_int_id``) in the slots. After a reload, these no longer identify one
-set of weights:
+step, and by its number (``lora_int_id``) in the slots. After a reload, these no longer identify the
+weights:
 
 * If one name has two numbers, a step contains only one of them, and an error ends the engine.
 * If the files at a path have changed, requests would use cached blocks of the old weights.
@@ -39,7 +39,7 @@ class _Load:
 
 
 class Loads:
-    """Loads of the adapters of one engine.
+    """Registry of the adapters that one engine has loaded.
 
     A *user's number* is the ``lora_int_id`` of an adapter in requests, and an *engine's number* is
     the ``lora_int_id`` of one load inside the engine.
@@ -69,7 +69,7 @@ class Loads:
     def add_lora(self, into: Callable[[Any], bool], lora_request: Any) -> bool:
         """Load an adapter with ``into``, the engine's ``add_lora``.
 
-        If it raises, the last load of the adapter remains current.
+        If ``into`` raises, the last load of the adapter remains current.
         """
         with self._lock:
             load = self._known.get(_key(lora_request))
@@ -170,10 +170,10 @@ def follow_loads(engine: Any) -> None:
     _interface.wrap(engine, "preprocess_add_request", preprocess_add_request)
 
     def follow(name: str) -> None:
-        def door(inner: Any, self: Any, *args: Any, **kwargs: Any) -> Any:
+        def call(inner: Any, self: Any, *args: Any, **kwargs: Any) -> Any:
             return getattr(loads(self), name)(functools.partial(inner, self), *args, **kwargs)
 
-        _interface.wrap(engine, name, door)
+        _interface.wrap(engine, name, call)
 
     for name in ("add_lora", "remove_lora", "pin_lora", "list_loras"):
         follow(name)

@@ -6,8 +6,8 @@ of each row.
 vLLM stores the factors of all adapters of a layer in two tensors, *stacks*, ``(slots, 1, R, I)``
 and ``(slots, 1, O, R)``. ``R`` is the engine's ``max_lora_rank``, ``I`` is the number of input
 features and ``O`` of output features. Each adapter has one slot, padded with zeros to ``R``. A
-stack has the layout of a bank (stacked factors) of lora_ext's ops, which also need the rank of each
-adapter. vLLM does not store the ranks.
+stack has the layout of a *bank*, the stacked factors that lora_ext's ops take. The ops also need
+the rank of each adapter, which vLLM does not store.
 
 Shape letters: ``T`` rows of a matrix, ``N`` length of a buffer.
 """
@@ -50,7 +50,7 @@ class Owners:
         self.count = 0
 
     def follow(self, names: Sequence[int]) -> None:
-        """Store the ``lora_int_id`` of each row's adapter in a new step; 0 is the base model."""
+        """Set the adapters of the next step's rows, as ``lora_int_id``; 0 is the base model."""
         self._kept = Kept(_PLANS)
         self.count, self._names = len(names), frozenset(names)
         self._buffer[self.count :] = -1  # Padding rows use the base model.
@@ -63,8 +63,8 @@ class Owners:
         device = self._buffer.device
         if not (any(self._names) or capturing(device)):
             return None
-        # The cached plan is used by all layers. In a captured graph, the first op computes it, so
-        # each replay groups the rows of its step once.
+        # All layers use the cached plan. In a captured graph, the first layer's op computes it, so
+        # each replay groups the rows of the current step once.
         return self._kept.get((begin, count), device, self._part, begin, count)
 
     def _part(self, begin: int, count: int) -> OwnedRows:
@@ -112,7 +112,7 @@ class Stack:
     def idle(self) -> bool:
         """Return whether no adapter changes this layer; always False during a CUDA graph capture.
 
-        The reason is that a replay may run after an adapter for this layer was loaded.
+        A graph may be replayed after an adapter for this layer was loaded.
         """
         return not any(self._on_host) and not capturing(self.bank.device)
 
@@ -125,7 +125,7 @@ class Stack:
 
 
 class Stacks:
-    """:class:`Stack` of each tensor that vLLM passes to a wrapper, by the tensor's address."""
+    """Map from the address of a tensor that vLLM passes to a wrapper to its :class:`Stack`."""
 
     def __init__(self) -> None:
         self._met: dict[int, Stack] = {}

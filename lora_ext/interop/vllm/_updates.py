@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from lora_ext import ops
+from lora_ext._checks import require
 
 from ._graph import in_graph, known
 from ._interface import wrap
@@ -30,6 +31,9 @@ class Updates:
 
     Rows without an adapter stay unchanged, whatever the slots contain. Nothing is computed if no
     row of the step has an adapter, or if no adapter changes the layer.
+
+    Raises:
+        ValueError: If vLLM's ``lora_dtype`` is float8. vLLM's stacks have no scales.
     """
 
     # vLLM's buffers with the slot of each token and of each sampled position,
@@ -41,7 +45,9 @@ class Updates:
         self, max_num_batched_tokens: int, max_batches: int, device: Any, **kwargs: Any
     ) -> None:
         super().__init__(max_num_batched_tokens, max_batches, device, **kwargs)  # pyright: ignore[reportCallIssue]
-        slots = kwargs["lora_config"].max_loras
+        slots, dtype = kwargs["lora_config"].max_loras, kwargs["lora_config"].lora_dtype
+        fits, expected = "float8" not in str(dtype), "a dtype of 16 or 32 bits"
+        require(fits, "lora_ext", "lora_dtype", expected, dtype)
         self.handle = known(self)
         self._stacks = Stacks()
         self._tokens = Owners(self._token_lora_indices, slots, "tokens")
@@ -93,16 +99,16 @@ class Updates:
     ) -> None:
         """Compute ``y[:, slice i] += scale * b[i] @ (a[i] @ x)`` with the adapter of each row.
 
-        A layer such as a merged projection of query, key and value has several output slices, with
-        separate factors.
+        A layer such as a merged projection of query, key and value has several output slices, each
+        with separate factors.
 
         Args:
             y: output ``(T, O)``, with the columns of all slices.
             x: input ``(T, I)``.
             lora_a_stacked: one stack ``(slots, 1, R, I)`` per slice.
             lora_b_stacked: one stack ``(slots, 1, width, R)`` per slice.
-            scale: factor of all updates. The scale of each adapter is not included: vLLM has
-                multiplied it into ``b``.
+            scale: factor of all updates. It does not include the adapters' own scales, by which
+                vLLM has multiplied ``b``.
             output_slices: width of each slice.
             kwargs: ``add_inputs=False`` overwrites ``y`` instead of adding to it.
 
@@ -146,9 +152,8 @@ class Updates:
             RuntimeError: If an adapter changes the head, and the rows of ``x`` are neither sampled
                 positions nor positions of a prompt.
         """
-        self._logits(
-            y.view(-1, y.shape[-1]), x.flatten(0, -2), lora_a_stacked, lora_b_stacked, scale
-        )
+        y, x = y.view(-1, y.shape[-1]), x.flatten(0, -2)
+        self._logits(y, x, lora_a_stacked, lora_b_stacked, scale)
 
     @in_graph("Tensor(a!) v, Tensor x, Tensor a, float scale")
     def _shrink(self, v: Tensor, x: Tensor, a: Tensor, scale: float) -> None:
@@ -157,10 +162,8 @@ class Updates:
             v.zero_()
             return
         stack = self._stacks.of(a, 1)
-        found = ops.lora_shrink(
-            x.to(a.dtype), stack.bank, rows.ids, _scales(scale, stack), stack.ranks, plan=rows.plan
-        )
-        v.copy_(found)
+        rest = (stack.bank, rows.ids, _scales(scale, stack), stack.ranks)
+        v.copy_(ops.lora_shrink(x.to(a.dtype), *rest, plan=rows.plan))
 
     def add_shrink(
         self,
@@ -209,7 +212,7 @@ class Updates:
         """Compute ``y[:, slice i] += b[i] @ x[i]``. The slices begin at column ``offset_start``.
 
         ``x[i]`` is ``(T, R)``, a result of :meth:`add_shrink`. With tensor parallelism, vLLM has
-        reduced it over the processes. ``add_inputs=False`` overwrites the slices.
+        combined the results of the processes. ``add_inputs=False`` overwrites the slices.
         """
         y, left = y.view(-1, y.shape[-1]), offset_start
         for of_x, of_b, width in zip(x, lora_b_stacked, output_slices, strict=True):
@@ -291,5 +294,5 @@ def _add(y: Tensor, x: Tensor, a: Stack, b: Tensor, scale: float, rows: OwnedRow
 
 
 def _exact(update: Tensor, rows: OwnedRows) -> Tensor:
-    """Set the rows of the base model to -0.0, which changes neither 0.0 nor -0.0 when added."""
+    """Set the rows of the base model to -0.0, which does not change any number when added."""
     return update.masked_fill_((rows.ids < 0)[:, None], -0.0)

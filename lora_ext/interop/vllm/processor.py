@@ -1,4 +1,4 @@
-"""Logits processor for constraints, which vLLM imports by the name of its class."""
+"""Logits processor for constraints. vLLM imports the class by its name."""
 
 from __future__ import annotations
 

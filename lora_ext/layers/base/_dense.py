@@ -79,8 +79,8 @@ def readable_weight(base: nn.Module, purpose: str, fan_in_fan_out: bool = False)
     """Return weight ``(O, I)`` and bias of a linear layer, even if it has hooks or is quantised.
 
     Args:
-        base: linear layer, which may be an instance of a subclass or have hooks. The weight of a
-            :func:`is_quantised` layer is computed by each call.
+        base: linear layer, which may be an instance of a subclass or have hooks. If the layer is
+            quantised (:func:`is_quantised`), each call dequantises the weight.
         purpose: start of the error message if the weight cannot be read.
         fan_in_fan_out: whether the layer stores its weight as ``(I, O)``.
     """
@@ -100,7 +100,7 @@ def readable_weight(base: nn.Module, purpose: str, fan_in_fan_out: bool = False)
 
 
 def is_quantised(base: nn.Module) -> bool:
-    """Return whether a layer has a quantiser's type of weight, or a method that dequantises it."""
+    """Return whether a layer has a weight of a quantiser's type, or a method to dequantise it."""
     if type(getattr(base, "weight", None)) not in _PLAIN:
         return not inspect.ismethod(base.weight)  # a method of torch.ao.nn.quantized
     return any(hasattr(base, name) for name in ("dequantize", "dequantize_weight"))
@@ -110,8 +110,8 @@ def is_quantised(base: nn.Module) -> bool:
 def _dequantised(base: Any, bias: Tensor | None) -> Tensor:
     """Return the weight ``(O, I)`` with which a quantised layer multiplies, in float32.
 
-    It is the output for the identity matrix, so it does not depend on the layout of a quantiser. A
-    layer that also quantises its input rounds the ones.
+    The weight is computed as the output for the identity matrix, so it does not depend on the
+    quantiser's layout. A layer that also quantises its input rounds the identity matrix.
     """
     like = next(itertools.chain(base.parameters(), base.buffers()))
     y = base(torch.eye(base.in_features, device=like.device)).float()  # (I, O)

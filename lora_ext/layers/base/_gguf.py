@@ -1,4 +1,4 @@
-"""Packed weights from the blocks of a GGUF file, without dequantising them."""
+"""Conversion of the blocks in a GGUF file to packed weights, without dequantising them."""
 
 from __future__ import annotations
 
@@ -16,19 +16,22 @@ from lora_ext._checks import require
 from ._packed_weight import Format
 
 _WHERE = "pack_linears"
-_GROUP = 32  # values of a block
+_GROUP = 32  # number of values in a block
 
-#: Architectures whose linear layers have the weights of transformers' layers. Those of "llama" have
-#: the rows of q and k in another order.
+#: Architectures whose files contain the weights of transformers' linear layers. Files of "llama"
+#: store the rows of q and k in another order than transformers.
 _ARCHITECTURES = ("llama", "qwen2", "qwen3")
 
-#: Bits and whether there is a minimum, by the name of the type. A block has a float16 scale, the
-#: minimum, and 32 codes: int8, or the low halves of 16 bytes, then the high halves.
+#: Bits, and whether blocks have a minimum, by the name of the GGUF type. A block contains a float16
+#: scale, a float16 minimum (if any), and 32 codes: 32 int8, or the 16 low and then the 16 high
+#: halves of 16 bytes.
 _TYPES = {"Q8_0": (8, False), "Q4_0": (4, False), "Q4_1": (4, True)}
 
 
 def gguf_blocks(path: Any, linears: Mapping[str, nn.Linear]) -> dict[str, tuple[Format, Tensor]]:
-    """Return format and packed weight of the layers with a type of ``_TYPES`` in a GGUF file.
+    """Return the format and the packed weight of layers in a GGUF file, by name.
+
+    Layers whose weight in the file has a type that is not in ``_TYPES`` are left out.
 
     Args:
         path: path of the file.
@@ -36,8 +39,8 @@ def gguf_blocks(path: Any, linears: Mapping[str, nn.Linear]) -> dict[str, tuple[
 
     Raises:
         ModuleNotFoundError: If the package ``gguf`` is missing.
-        ValueError: If the file has another architecture, another size of a weight, or no weight of
-            such a type.
+        ValueError: If the file has an unsupported architecture, a weight of another size than its
+            layer, or no weight with a type in ``_TYPES``.
     """
     gguf: Any = importlib.import_module("gguf")
     reader = gguf.GGUFReader(path)
@@ -66,9 +69,9 @@ def gguf_blocks(path: Any, linears: Mapping[str, nn.Linear]) -> dict[str, tuple[
 
 
 def _blocks(data: Any, bits: int, minimum: bool, heads: int | None) -> tuple[Format, Tensor]:
-    """Pack the blocks ``data (O, bytes of a row)`` of a weight."""
+    """Return the format and the packed weight for the blocks ``data (O, bytes per row)``."""
     raw = torch.from_numpy(data)
-    if heads is not None:  # GGUF has pairs (i, i + half) of a head's rows one after the other
+    if heads is not None:  # GGUF stores rows i and i + half of a head next to each other
         half = raw.shape[0] // heads // 2
         raw = raw.view(heads, half, 2, -1).transpose(1, 2).reshape(raw.shape)
     head = 4 if minimum else 2

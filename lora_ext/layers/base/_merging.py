@@ -68,7 +68,7 @@ class Merging(nn.Module):
         *,
         keep_copy: bool = False,
     ) -> None:
-        """Add adapters to the base weight: ``W + sum of s B A``, rounded once.
+        """Add adapters to the base weight: ``weight + sum of scaling * B A``, rounded once.
 
         Args:
             safe_merge: whether to raise an error if a merged value is not finite; the layer is then
@@ -163,13 +163,13 @@ class Merging(nn.Module):
     # ---------------------------------------------------------------------------------------------
 
     def _deltas(self, name: str, scaling: float) -> tuple[Tensor, Tensor | None]:
-        """Return the updates of weight ``(O, I)`` and bias, in float32 or float64."""
+        """Return an adapter's updates of weight ``(O, I)`` and bias, in float32 or float64."""
         a, b, bias = self._raw_factors(name)
         delta = ops.lora_delta(_widened(a.flatten(1)), _widened(b.flatten(1)), scaling)
         return delta, None if bias is None else _widened(bias) * scaling
 
     def _factor(self, name: str) -> Tensor:
-        """Return the scales of the outputs; the norm is computed from the unmerged weight."""
+        """Return a DoRA adapter's output scales ``(O,)``, computed from the unmerged weight."""
         a, b, _ = self._raw_factors(name)
         weight, _ = self._unmerged()
         magnitude = self._magnitude(name).detach().flatten().to(_widened(weight[:0]).dtype)
@@ -197,7 +197,7 @@ class Merging(nn.Module):
         self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
     ) -> None:
         if any(key.startswith(f"{prefix}base_layer.") for key in state_dict):
-            self._copy = None  # it is a copy of the weight before loading
+            self._copy = None  # a copy of the weight before loading is not valid any more
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
     # ---------------------------------------------------------------------------------------------
@@ -219,7 +219,7 @@ class Merging(nn.Module):
         return [getattr(self, name) for name in self.base_weight.stores]
 
     def _raw_factors(self, name: str) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Return A, B and bias of an adapter; A flattens to ``(r, I)``, B to ``(O, r)``."""
+        """Return A, B and bias of an adapter. A can be flattened to ``(r, I)``, B to ``(O, r)``."""
         a, b = (store[name] for store in self._stores())
         return getattr(a, "weight", a), getattr(b, "weight", b), getattr(b, "bias", None)
 
@@ -231,5 +231,5 @@ class Merging(nn.Module):
 
 
 def _widened(tensor: Tensor) -> Tensor:
-    """Convert a tensor to the dtype for merging: float64 stays, any other becomes float32."""
+    """Return a detached tensor for merging: float64 stays float64, any other becomes float32."""
     return tensor.detach().to(torch.float64 if tensor.dtype == torch.float64 else torch.float32)

@@ -22,12 +22,14 @@ CONV1D = ("Conv1D", "transformers.pytorch_utils")  # name and module of the clas
 
 
 def linear_size(module: nn.Module) -> tuple[int, int] | None:
-    """Return input and output features of a base layer for linear adapters, else None.
+    """Return the input and output features of a base layer for linear adapters.
 
-    Such a layer is transformers' ``Conv1D``, or any module without adapters that has
+    The result is None if ``module`` is not such a layer.
+
+    A base layer is transformers' ``Conv1D``, or any module without adapters that has
     ``in_features`` and ``out_features``, for example a layer of a quantiser. It may have no
-    ``weight``. A module that contains such layers is one itself only if it also stores integers, as
-    HQQ's layer does beside the original layer.
+    ``weight``. A module that contains base layers counts as a base layer only if it also stores
+    integers: HQQ's layer stores integers and contains the original layer.
     """
     for base in type(module).__mro__:
         if base.__name__ == "Conv1D" and base.__module__.startswith("transformers."):
@@ -44,7 +46,7 @@ def linear_size(module: nn.Module) -> tuple[int, int] | None:
 
 
 def linear_sizes(modules: Mapping[str, nn.Module]) -> dict[str, tuple[int, int]]:
-    """Return :func:`linear_size` of all base layers by name, except layers inside another one."""
+    """Return :func:`linear_size` by name for all base layers that are not inside a base layer."""
     found: dict[str, tuple[int, int]] = {}
     outer = None
     for name, module in modules.items():
@@ -57,7 +59,7 @@ def linear_sizes(modules: Mapping[str, nn.Module]) -> dict[str, tuple[int, int]]
 def base_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """Yield the names and modules of a model, except the factors of adapters.
 
-    For a layer of an adapter pool, its base layer is yielded.
+    For a layer of an adapter pool, this yields the base layer.
     """
     factors: set[nn.Module] = set()
     for name, module in model.named_modules():
@@ -70,9 +72,9 @@ def base_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 
 def head_names(model: nn.Module) -> tuple[str | None, str | None]:
-    """Return the names of the output head and of the classifier; None for each that is missing.
+    """Return the names of the output head and of the classifier, or None for a missing one.
 
-    PEFT's "all-linear" excludes the head. If there is no head and the task is "SEQ_CLS", it
+    PEFT's "all-linear" excludes the head. If there is no head and the task is "SEQ_CLS", PEFT
     excludes the classifier.
     """
     get_head: Any = getattr(model, "get_output_embeddings", None)
@@ -88,7 +90,7 @@ def head_names(model: nn.Module) -> tuple[str | None, str | None]:
 
 # Attributes of a weight that do not depend on its values. Code that reads only these attributes
 # does not bypass a layer.
-_ASKED = frozenset({"dtype", "device", "shape", "is_meta", "ndim"})
+_METADATA = frozenset({"dtype", "device", "shape", "is_meta", "ndim"})
 
 # Children that these classes of transformers call in some models and bypass in other models, by
 # reading their weights.
@@ -130,18 +132,18 @@ def _read_and_not_called(kind: type) -> frozenset[str]:
     for method in methods:
         names = method.__code__.co_names  # excludes names used in nested functions
         if "weight" in names and not any(w in method.__name__ for w in ("init", "tie")):
-            read.update(child for child, asked in _uses(method) if asked == "weight")
+            read.update(child for child, name in _uses(method) if name == "weight")
     for method in methods if read else ():
         if not read.isdisjoint(method.__code__.co_names):
-            read.difference_update(child for child, asked in _uses(method) if asked is None)
+            read.difference_update(child for child, name in _uses(method) if name is None)
     return frozenset(read)
 
 
 def _uses(method: Any) -> Iterator[tuple[str, str | None]]:
-    """Yield the name and the use of each attribute ``self.child`` in the source of a method.
+    """Yield each ``child`` of ``self.child`` in a method's source, and the attribute read from it.
 
-    The use is the name of the attribute that is read from the child, such as "weight". It is
-    "asked" if only metadata of that attribute is read (such as its dtype or class). It is None for
+    The second item is the name of the attribute that is read from the child, such as "weight"; or
+    "metadata" if only metadata of that attribute is read, such as its dtype or class; or None for
     a bare ``self.child``, which is called or passed to a function.
     """
     try:
@@ -159,6 +161,6 @@ def _uses(method: Any) -> Iterator[tuple[str, str | None]]:
             yield node.attr, None
             continue
         use = above[outer]
-        asks = isinstance(use, ast.Attribute) and use.attr in _ASKED
-        asks |= isinstance(use, ast.Call) and getattr(use.func, "id", "") in ("isinstance", "len")
-        yield node.attr, "asked" if asks else outer.attr
+        meta = isinstance(use, ast.Attribute) and use.attr in _METADATA
+        meta |= isinstance(use, ast.Call) and getattr(use.func, "id", "") in ("isinstance", "len")
+        yield node.attr, "metadata" if meta else outer.attr

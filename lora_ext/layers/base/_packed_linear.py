@@ -2,15 +2,15 @@
 
 The time of a product of 1 to 32 rows is at least the time to read the weight from memory. torch's
 product is slower than this bound: see ``docs/packed.md``. A packed copy stores the values of the
-weight in the order in which the product reads them. The time of a product with it is close to the
-bound.
+weight in the order in which the product reads them. The time of a product with a packed copy is
+close to the bound.
 
     pack_linears(model)        # all linear layers, in place; the model may have adapters
     model.generate(...)        # uses the copies, since it computes no gradients
     unpack_linears(model)      # restores the modules
 
 ``lora_ext.attach(model, pool, pack_base=True)`` does the same for a model that uses the adapters of
-a pool. With ``bits=8`` or ``bits=4`` the copies are rounded, and have fewer bytes to read.
+a pool. With ``bits=8`` or ``bits=4`` the copies are rounded, so that products read fewer bytes.
 """
 
 from __future__ import annotations
@@ -21,10 +21,11 @@ import warnings
 from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple, TypeVar
 
-import torch
 from torch import Tensor, nn
 from torch._C._dynamo import eval_frame
+from torch.autograd import forward_ad
 
+from lora_ext import ops
 from lora_ext._checks import choice, number, require, require_flags
 from lora_ext._memory import free_bytes
 from lora_ext._torch import compiles, linear, parameter
@@ -40,7 +41,7 @@ Model = TypeVar("Model", bound=nn.Module)
 MOST_ROWS = 32
 
 # Returns the compiler if torch.compile runs this code, otherwise None. The compiler is also set if
-# torch.compile runs a frame eagerly after a failed trace, because it compiles other frames of the
+# a frame runs eagerly after a failed trace, because torch.compile then compiles other frames of the
 # model.
 _compiler: Any = getattr(eval_frame, "get_eval_frame_callback", lambda: None)
 
@@ -54,13 +55,13 @@ class PackedLinear(nn.Linear):
     """``nn.Linear`` with a second, packed copy of its weight for evaluation.
 
     :func:`pack_linears` sets the class of an ``nn.Linear`` to this class; the object and its
-    parameters remain the same. :func:`unpack_linears` undoes this. Before each use of the copy, the
-    weight is checked, and the copy is renewed if the weight has changed. Letters: ``T`` rows, ``I``
-    input and ``O`` output features.
+    parameters remain the same. :func:`unpack_linears` undoes this change. Before each use of the
+    copy, the weight is checked, and the copy is renewed if the weight has changed. Letters: ``T``
+    rows, ``I`` input and ``O`` output features.
     """
 
-    #: True if all products use the packed copy, with any number of rows and with gradients. A copy
-    #: of 8 or 4 bits is used for any number of rows, but not with gradients.
+    #: True if all products use the packed copy, with any number of rows and with gradients. If
+    #: False, copies of 8 or 4 bits are still used for any number of rows, but not with gradients.
     exact = False
 
     def forward(self, input: Tensor) -> Tensor:
@@ -69,7 +70,7 @@ class PackedLinear(nn.Linear):
         return linear(input, self.weight, self.bias) if y is None else y
 
     def packed_copy(self, x: Tensor) -> Tensor | None:
-        """Return the packed copy with which an exact layer multiplies ``x``.
+        """Return the packed copy by which an exact layer multiplies ``x``.
 
         Returns:
             The copy, or None if the layer is not exact or ``x`` is empty.
@@ -95,62 +96,66 @@ class PackedLinear(nn.Linear):
         return packed
 
     def packed_product(self, x: Tensor) -> Tensor | None:
-        """Compute the product of ``x (..., I)`` with the packed copy.
+        """Compute ``x W^T + bias`` for ``x (..., I)``, with the packed copy of the weight ``W``.
 
         Returns:
-            The product, or None if the plain product has to be used, for example in training, in a
-            traced graph, or for an input of another dtype.
+            The result ``(..., O)``, or None if the caller must use the plain weight. An exact layer
+            returns None only for an empty input. Other layers also return None in training, in a
+            traced graph, or for an input of another dtype, for example.
 
         Raises:
-            RuntimeError: See :meth:`packed_copy`.
+            RuntimeError: If an exact layer cannot use the copy.
         """
         if self.exact:
             packed = self.packed_copy(x)
             if packed is None:
                 return None
-            x2d = x.reshape(-1, self.in_features)  # (T, I)
+            x2d = x.reshape(-1, x.shape[-1])  # (T, I)
             apply: Any = PackedProduct.apply
-            y = apply(x2d, packed, self.bias, self.out_features, False, self.weight)  # (T, O)
-            return y.view(*x.shape[:-1], self.out_features)
-        if compiles() or type(x) is not Tensor or self.training or watched(x):
-            return None
-        weight, bias, wide = parameter(self, "weight"), parameter(self, "bias"), self.in_features
-        state: PackedWeight = self.__dict__[_STATE]
-        rows, form = x.numel() // wide if wide else 0, state.form
-        few = rows <= MOST_ROWS or form.bits is not None
-        if not few or rows == 0 or x.dtype != weight.dtype:
+            y = apply(x2d, packed, self.bias, self.weight.shape[0], False, self.weight)  # (T, O)
+            return y.view(*x.shape[:-1], y.shape[-1])
+        operands = None if compiles() else self.packed_operands(x)
+        if operands is None:
             return None
         shape = x.shape
-        if x.device != weight.device or shape[-1] != wide:
-            return None
-        if torch.is_grad_enabled() and (
-            x.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)
-        ):
-            return None
-        packed = state.copy_of(weight)
-        if packed is None and form.bits is not None:
-            packed = state.copy_of(weight)
-        if packed is None:
-            return None
         if len(shape) == 2:
-            return packed_product(x, packed, bias, self.out_features, form.int8)  # (T, O)
-        x2d = x.view(rows, wide) if x.is_contiguous() else x.reshape(rows, wide)  # (T, I)
-        y = packed_product(x2d, packed, bias, self.out_features, form.int8)  # (T, O)
-        return y.view(*shape[:-1], self.out_features)
+            return packed_product(x, *operands)  # (T, O)
+        x2d = x.view(-1, shape[-1]) if x.is_contiguous() else x.reshape(-1, shape[-1])  # (T, I)
+        return packed_product(x2d, *operands).view(*shape[:-1], self.out_features)
+
+    def packed_operands(
+        self, x: Tensor, counts: bool = True
+    ) -> tuple[Tensor, Tensor | None, int, bool] | None:
+        """Return the arguments of :func:`ops.packed_linear` for an eager product with ``x``.
+
+        Returns None if the layer is exact, or the plain product has to be used. See
+        :meth:`PackedWeight.copy_of` for ``counts``.
+        """
+        if type(x) is not Tensor or self.training or self.exact or forward_ad._current_level >= 0:
+            return None
+        weight, bias = parameter(self, "weight"), parameter(self, "bias")
+        state: PackedWeight = self.__dict__[_STATE]
+        form = state.form
+        if not ops.is_plain_product(x, weight, bias, self.out_features):
+            return None
+        if form.bits is None and x.numel() > MOST_ROWS * self.in_features:
+            return None
+        packed = state.copy_of(weight, counts) if form.bits is None else state.copy_made_now(weight)
+        return None if packed is None else (packed, bias, self.out_features, form.int8)
 
     def train(self, mode: bool = True) -> PackedLinear:
-        """Set training or evaluation mode; training mode frees the copy."""
+        """Set training or evaluation mode. Training mode frees the copy."""
         if mode:
             self.__dict__[_STATE].drop()
         return super().train(mode)
 
     def _apply(self, *args: Any, **kwargs: Any) -> PackedLinear:
-        """Free the copy, since ``to`` may move the layer to a device that never frees it."""
+        """Free the copy, since ``to`` may move the layer to a device where nothing frees it."""
         self.__dict__[_STATE].drop()
         return super()._apply(*args, **kwargs)
 
-    # The copy is a packed layer, which packs its weight when products use it. The default deepcopy
-    # would call __reduce_ex__ below, which creates a plain layer.
+    # A deep copy is a packed layer, which packs its weight at its first products. The default
+    # deepcopy would call __reduce_ex__ below, which creates a plain layer.
     __deepcopy__ = copied_layer
 
     def __reduce_ex__(self, protocol: Any) -> Any:
@@ -207,7 +212,7 @@ def pack_linears(
             of class ``nn.Linear`` except the factors of adapters. Instances of subclasses are not
             changed.
         bits: 8 or 4, or None for copies in the dtype of the weights.
-        group: input features per scale: 32, 64 or 128, a divisor of those of every layer.
+        group: input features per scale: 32, 64 or 128. It must divide those of every layer.
         minimum: whether groups of 4-bit weights also have a minimum.
         activations: "float", or "int8" to round each row of the inputs to 8 bits (on the CPU).
         keep: whether to keep the plain weights. If False, all products use the packed weights, also
@@ -292,9 +297,8 @@ def _format(
     require(bits is None or not gguf, where, "bits", "None if gguf is set", bits)
     rounded, only = bits is not None or gguf, "if bits is None"
     require(rounded or keep, where, "keep", f"True {only}", keep)
-    int8 = activations == "int8"
-    require(rounded or not int8, where, "activations", f"'float' {only}", activations)
-    return Format(bits, group, minimum, int8)
+    require(rounded or activations == "float", where, "activations", f"'float' {only}", activations)
+    return Format(bits, group, minimum, activations == "int8")
 
 
 def unpack_linears(model: Model) -> Model:
@@ -368,12 +372,12 @@ def packing(model: nn.Module, share: float = 0.25, *, bits: int | None = None) -
     """Check whether :func:`pack_linears` supports a model and its copies fit into memory.
 
     The function does not pack the model. ``str()`` of the result describes how the model is packed
-    or, if it is not, the choice of ``attach(pack_base=None)``.
+    or, for an unpacked model, the choice of ``attach(pack_base=None)``.
 
     Args:
         model: model that may be packed.
         share: maximum share of the free memory that the copies may use, above 0 and at most 1.
-        bits: as in :func:`pack_linears`.
+        bits: see :func:`pack_linears`.
 
     Raises:
         ValueError: If ``share`` is out of range.
@@ -388,8 +392,7 @@ def packing(model: nn.Module, share: float = 0.25, *, bits: int | None = None) -
     )
     wanted //= 8
     free = free_bytes(next(iter(weights.values())).device if weights else "cpu") or 0
-    refusals = [why_not_packed(w, bits) for w in weights.values()]
-    refused = next((each for each in refusals if each is not None), None)
+    refused = next(filter(None, (why_not_packed(w, bits) for w in weights.values())), None)
     reason = None
     if left:
         reason = f"expected plain linear layers, found {_some(left)}"
@@ -424,7 +427,7 @@ def packed_form(module: nn.Module) -> Format | None:
 
 
 def _quantised(model: nn.Module) -> dict[str, nn.Module]:
-    """Return the base layers without a plain floating-point weight, except ``nn.Linear``."""
+    """Return by name the base layers other than ``nn.Linear`` without a plain float weight."""
     own = nn.Linear, PackedOnlyLinear
     found = {n: m for n, m in base_modules(model) if type(m) not in own and linear_size(m)}
     weights = {name: getattr(base, "weight", None) for name, base in found.items()}

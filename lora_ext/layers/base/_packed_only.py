@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 
 from lora_ext import ops
 from lora_ext._checks import require
@@ -22,7 +23,7 @@ MAX_CUDA_ROWS = 64
 
 
 def copied_layer(layer: Layer, memo: dict[int, Any]) -> Layer:
-    """Return a deep copy of a layer, without a call of its ``__reduce_ex__``."""
+    """Return a deep copy of a layer without calling the layer's ``__reduce_ex__``."""
     twin = type(layer).__new__(type(layer))
     memo[id(layer)] = twin
     twin.__dict__.update(copy.deepcopy(layer.__dict__, memo))
@@ -30,18 +31,18 @@ def copied_layer(layer: Layer, memo: dict[int, Any]) -> Layer:
 
 
 class PackedOnlyLinear(nn.Linear):
-    """``nn.Linear`` without a plain weight: all products use the packed weight.
+    """``nn.Linear`` with a packed weight only: the plain weight was freed.
 
-    The weight does not train, and the layer cannot be saved. Under ``torch.compile``, autocast and
-    other transformations of the forward, a product uses a dequantised copy of the weight.
+    The weight cannot be trained, and the layer cannot be saved. Under ``torch.compile``, autocast
+    and other transformations of the forward, a product uses a dequantised copy of the weight.
 
-    Letters: ``T`` rows, ``I`` input and ``O`` output features.
+    In the comments, ``T`` is the number of rows, ``I`` of input and ``O`` of output features.
     """
 
     packed: Tensor
     form: Format
     dtype: torch.dtype  # of the weight and of adapters
-    _plain: weakref.ref[Tensor]  # lives on if another module has the same weight
+    _plain: weakref.ref[Tensor]  # plain weight, which exists only if another module also has it
 
     def drop_weight(self, form: Format, packed: Tensor) -> None:
         """Replace the weight by its packed copy."""
@@ -104,7 +105,7 @@ def _not_saved(where: str, key: str) -> RuntimeError:
 
 
 class _ReadOnly(Tensor):
-    """Values of a packed weight. Writing them would not change the layer, so it raises."""
+    """Values of a packed weight. A write would not change the layer, so it raises RuntimeError."""
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -120,7 +121,7 @@ class _ReadOnly(Tensor):
 
 
 class PackedProduct(torch.autograd.Function):
-    """Packed product with the gradients of the plain one; weight None: the dequantised one."""
+    """Packed product. Gradients use ``weight``, or the dequantised weight if ``weight`` is None."""
 
     @staticmethod
     def forward(
@@ -143,14 +144,14 @@ class PackedProduct(torch.autograd.Function):
 
 
 def takes(x: Tensor) -> bool:
-    """Return whether packed products take inputs with the dtype and device of ``x``."""
+    """Return whether ``ops.packed_linear`` supports the dtype and device of ``x``."""
     return x.dtype in (torch.float32, torch.bfloat16) or (x.dtype == torch.float16 and x.is_cuda)
 
 
 def packed_product(x: Tensor, packed: Tensor, bias: Tensor | None, out: int, int8: bool) -> Tensor:
     """Compute ``ops.packed_linear`` for any number of rows ``x (T, I)``.
 
-    On CUDA, torch multiplies more rows than the op takes, with a dequantised copy of the weight.
+    If there are more rows than the op supports on CUDA, torch uses a dequantised copy.
     """
     if x.shape[0] <= MAX_CUDA_ROWS or not limits_rows(x):  # len(x) takes three times as long
         return ops.packed_linear(x, packed, bias, out, int8)
@@ -158,7 +159,7 @@ def packed_product(x: Tensor, packed: Tensor, bias: Tensor | None, out: int, int
 
 
 def limits_rows(x: Tensor) -> bool:
-    """Return whether the op takes at most ``MAX_CUDA_ROWS`` rows, because ``x`` is on CUDA."""
+    """Return whether the op supports only ``MAX_CUDA_ROWS`` rows, because ``x`` is on CUDA."""
     return x.is_cuda
 
 
@@ -172,5 +173,5 @@ def watched(x: Tensor) -> bool:
         (torch._C._is_any_autocast_enabled() and _autocasts(x.device.type))
         or torch._C._is_tracing()
         or torch._C._are_functorch_transforms_active()
-        or torch.autograd.forward_ad._current_level >= 0
+        or forward_ad._current_level >= 0
     )

@@ -18,9 +18,9 @@ from lora_ext import ops
 
 _DTYPES = (torch.float32, torch.bfloat16)
 
-#: Maximum number of values of a weight of which all values are compared, not only a sample.
+#: Maximum number of values in a weight that is compared as a whole, not only by a sample.
 MAX_VALUES_COMPARED_WHOLE = 4096
-#: Number of rows (or of columns, if there are fewer rows than columns) per value of a sample.
+#: Number of rows (or columns, if there are fewer rows than columns) per value of a sample.
 LINES_PER_SAMPLED_VALUE = 4
 #: ``(3 - sqrt(5)) / 2``, from the golden ratio: its multiples modulo 1 are spread evenly over [0,
 #: 1).
@@ -40,11 +40,10 @@ class Format(NamedTuple):
         return ops.pack_weight(weight, bits=self.bits, group=self.group, minimum=self.minimum)
 
     def __str__(self) -> str:
+        if self.bits is None:
+            return "in the dtype of its weights"
         scale = f"a scale{' and a minimum' * self.minimum} for {self.group} inputs"
-        rounded = (
-            f"to {self.bits} bits with {scale}, {'int8' if self.int8 else 'float'} activations"
-        )
-        return "in the dtype of its weights" if self.bits is None else rounded
+        return f"to {self.bits} bits with {scale}, {'int8' if self.int8 else 'float'} activations"
 
 
 class PackedWeight:
@@ -54,7 +53,7 @@ class PackedWeight:
     weight that changes before every product is never packed.
 
     All state is in one :class:`_Snapshot`, which is replaced as a whole, because another thread may
-    be computing a product with another weight at the same time.
+    compute a product with another weight at the same time.
     """
 
     def __init__(self, form: Format | None = None) -> None:
@@ -70,15 +69,21 @@ class PackedWeight:
         snapshot = self._snapshot
         return 0 if snapshot is None or snapshot.packed is None else snapshot.packed.nbytes
 
-    def copy_of(self, weight: Tensor) -> Tensor | None:
-        """Return the copy of ``weight``, or None at the first product after a change."""
+    def copy_of(self, weight: Tensor, counts: bool = True) -> Tensor | None:
+        """Return the copy of ``weight``, or None at the first product after a change.
+
+        Args:
+            weight: weight of the layer.
+            counts: whether a call that returns None is followed by a product with ``weight``. If
+                False, the next call is still that of the first product.
+        """
         snapshot = self._snapshot
         if snapshot is not None and snapshot.matches(weight):
             if snapshot.packed is None:
                 snapshot.keep(weight, self.form.pack(weight.detach()))
             return snapshot.packed
-        refused = why_not_packed(weight, self.form.bits) is not None
-        self._snapshot = None if refused else _Snapshot(weight)
+        if counts:
+            self._snapshot = None if why_not_packed(weight, self.form.bits) else _Snapshot(weight)
         return None
 
     def hold(self, weight: Tensor, packed: Tensor) -> None:
@@ -87,7 +92,7 @@ class PackedWeight:
         self._snapshot.keep(weight, packed)
 
     def copy_made_now(self, weight: Tensor) -> Tensor | None:
-        """Return the copy of ``weight``, and make it if necessary; None if it cannot be packed."""
+        """Return the copy of ``weight``, made now if necessary; None if it cannot be packed."""
         copy = self.copy_of(weight)
         return self.copy_of(weight) if copy is None else copy
 
@@ -100,22 +105,28 @@ class _Snapshot:
     """State of a weight at one product, and its packed copy."""
 
     def __init__(self, weight: Tensor) -> None:
-        self._weight, self._version = weakref.ref(weight), _version(weight)
+        self._weight = weakref.ref(weight)
+        self._version = weight.data_ptr(), weight._version, weight.dtype, weight.shape
         self._sample: tuple[Tensor, Tensor] | None = None  # view of the weight, copy of its values
         self.packed: Tensor | None = None
 
     def matches(self, weight: Tensor) -> bool:
         """Return whether ``weight`` is the same tensor with the same values."""
-        if self._weight() is not weight or self._version != _version(weight):
+        if self._weight() is not weight:
             return False
-        return self._sample is None or torch.equal(*self._sample)
+        if self._version != (weight.data_ptr(), weight._version, weight.dtype, weight.shape):
+            return False
+        return self._sample is None or ops.same_bits(*self._sample)
 
     def keep(self, weight: Tensor, packed: Tensor) -> None:
-        """Store a copy of the weight, and a sample of the weight's values."""
-        if weight.is_cpu:
+        """Store the packed copy of the weight, and a sample of the weight's values.
+
+        A copy of another type is not stored: FakeTensorMode returns one without values.
+        """
+        if weight.is_cpu and type(packed) is Tensor:
             view = _sample_of(weight.detach())
             self._sample = view, view.clone()
-        self.packed = packed
+        self.packed = packed if type(packed) is Tensor else None
 
 
 def why_not_packed(weight: Tensor, bits: int | None = None) -> str | None:
@@ -133,15 +144,11 @@ def why_not_packed(weight: Tensor, bits: int | None = None) -> str | None:
     return None
 
 
-def _version(weight: Tensor) -> tuple[Any, ...]:
-    return weight.data_ptr(), weight._version, weight.dtype, weight.shape
-
-
 def _sample_of(weight: Tensor) -> Tensor:
     """Return a sample of the values of a weight as a view with an integer dtype.
 
     Viewed as integers, NaNs with the same bits also compare equal. The sample is the whole weight
-    if the weight is small, or neither it nor its transpose is contiguous.
+    if this is small, or if neither the weight nor its transpose is contiguous.
     """
     bits = weight.view(torch.int32 if weight.dtype == torch.float32 else torch.int16)
     if bits.numel() > MAX_VALUES_COMPARED_WHOLE:

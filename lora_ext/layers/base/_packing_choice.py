@@ -18,19 +18,20 @@ from ._packed_linear import CHOICE, linears_of, pack_linears, packing
 _log = logging.getLogger(__name__)
 
 ROWS = (1, 4, 16)
-#: Number of sizes of layers that are measured: those with the most values in the model.
+#: Maximum number of layer sizes that are measured: those with the most values in the model.
 MAX_SIZES = 3
-#: Number of layers of one size that are used in turn, so that a cache does not hold all of them.
+#: Maximum number of measured layers of one size. They are multiplied in turn, so that not all of
+#: their weights are in a CPU cache.
 MAX_LAYERS = 8
-#: Seconds of a measurement; there are 2 for each size and number of rows.
+#: Duration of one measurement in seconds. Each size and number of rows is measured twice.
 SECONDS = 0.03
 
 
 def pack_if_faster(model: nn.Module) -> bool:
-    """Pack the linear layers of a model if products of 1, 4 and 16 rows then take less time.
+    """Pack the linear layers of a model if this makes products with 1, 4 and 16 rows faster.
 
-    The largest layers of the model are measured, for less than a second. The choice and the times
-    are logged, and ``str(packing(model))`` returns them. Returns whether the model was packed.
+    The function measures the largest layers for less than a second. It logs the choice and the
+    times; ``str(packing(model))`` contains them, too. Returns whether the model was packed.
     """
     found = packing(model)
     faster, why = False, found.reason
@@ -48,7 +49,7 @@ def pack_if_faster(model: nn.Module) -> bool:
 
 @torch.inference_mode()
 def _seconds(model: nn.Module, packed: bool) -> list[float]:
-    """Return the time of the products of the largest layers for ``ROWS``."""
+    """Return the seconds that products with the largest layers take, for each entry of ``ROWS``."""
     sizes: dict[torch.Size, list[Tensor]] = collections.defaultdict(list)
     for weight in {id(m.weight): m.weight.detach() for _, m in linears_of(model)}.values():
         sizes[weight.shape].append(weight)

@@ -1,10 +1,10 @@
 """Hooks that prevent a NaN in one row of a batch from reaching the products of other rows.
 
-Some products of torch read beyond the end of a row, into the next one.
+Some products of torch read beyond the end of a row, into the next row.
 :func:`lora_ext._torch.spaced` describes these products, and copies their left operand with zeros
-after each row (spaced rows). The ops and layers of this package call that function directly. The
-hooks in this file call it for the other linear layers of a model, and for base layers that are
-called as modules.
+after each row (spaced rows). The ops and layers of this package call ``spaced`` directly. The hooks
+in this file call it for linear layers of a model that are not layers of this package, and for base
+layers that are called as modules.
 """
 
 from __future__ import annotations
@@ -31,15 +31,15 @@ _LEADING = "_lora_ext_leading"  # attribute of flattened inputs: their leading d
 
 
 def space_products(model: nn.Module) -> list[nn.Module]:
-    """Register the hooks on those linear layers of ``model`` that need spaced rows.
+    """Register hooks that put zeros between the input rows of linear layers (spaced rows).
 
-    A layer needs them if it is an ``nn.Linear`` or ``Conv1D``, its weight has 16 bits or is
-    quantised, and its number of input or output features is not a multiple of 32. Subclasses with
-    their own forward get no hooks, because they may call ``view``, which may fail for spaced rows.
-    The factors of adapters get no hooks either.
+    A layer of ``model`` gets the hooks if it is an ``nn.Linear`` or ``Conv1D``, its weight has 16
+    bits or is quantised, and its number of input or output features is not a multiple of 32.
+    Subclasses with their own forward get no hooks, because they may call ``view``, which may fail
+    for spaced rows. The factors of adapters get no hooks either.
 
     Returns:
-        The layers that got hooks in this call, to be passed to :func:`unspace_products`.
+        The layers on which this call registered hooks, to be passed to :func:`unspace_products`.
     """
     found: list[nn.Module] = []
     for _, base in base_modules(model):
@@ -55,10 +55,13 @@ def space_products(model: nn.Module) -> list[nn.Module]:
 
 
 def base_product(base: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-    """Compute ``base(x)``, with spaced rows if ``base`` is a linear layer without the hooks."""
+    """Return ``base(x)``; if ``base`` is a linear layer, put zeros between the rows of ``x``.
+
+    Packed layers, and layers with the hooks of :func:`space_products`, do so themselves.
+    """
     if not isinstance(base, nn.Module) or not _takes_spaced_rows(base):
         return base(x)
-    if isinstance(base, PackedLinear) or _has_hooks(base):  # these space their rows themselves
+    if isinstance(base, PackedLinear) or _has_hooks(base):
         return base(x)
     return product_of_rows(base, x)
 
@@ -70,7 +73,7 @@ def unspace_products(layers: Iterable[nn.Module]) -> None:
 
 
 def remove_hooks(module: nn.Module, *functions: Callable[..., Any]) -> bool:
-    """Remove these functions from the forward hooks of ``module``; return whether one was there."""
+    """Remove ``functions`` from the forward hooks of ``module``; return whether one was found."""
     found = False
     for hooks in (module._forward_pre_hooks, module._forward_hooks):
         for key in [key for key, hook in hooks.items() if hook in functions]:
@@ -99,7 +102,7 @@ def _has_hooks(module: nn.Module) -> bool:
 
 
 def _space_input(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
-    # A packed layer itself spaces the rows of the products that do not use its packed copy.
+    # A packed layer puts zeros between the rows itself if a product does not use the packed copy.
     if not args or not isinstance(args[0], Tensor) or isinstance(module, PackedLinear):
         return None
     x = args[0]

@@ -102,32 +102,32 @@ class BaseWeight:
             return torch.device("cpu"), self.layer.dtype
         own = (*self.layer.parameters(recurse=False), *self.layer.buffers(recurse=False))
         whole = all(t.is_floating_point() and t.element_size() > 1 for t in own)
-        for tensor in (*own, *self.layer.parameters()):  # integers: other tensors may be scales
+        for tensor in (*own, *self.layer.parameters()):  # if quantised, its floats may be scales
             return tensor.device, tensor.dtype if whole else torch.float32
         return torch.device("cpu"), torch.float32
 
     # Factors and magnitudes
 
     def factor_shapes(self, r: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """Return the shapes of A and B for rank r; A flattens to ``(r, I)``, B to ``(O, r)``."""
+        """Return the shapes of A and B for rank r, which can be flattened to (r, I) and (O, r)."""
         in_features, out_features = self.features
         return (r, in_features), (out_features, r)
 
     def factors(self, a: Tensor, b: Tensor, bias: Tensor | None) -> tuple[Factor, Factor]:
-        """Return new objects with these values for the two dictionaries of :attr:`stores`."""
+        """Return A and B as objects to store in the dictionaries that :attr:`stores` names."""
         raise NotImplementedError
 
     def magnitude(self, norm: Tensor) -> Tensor:
-        """Return the magnitude ``(O,)`` in PEFT's shape for the layer."""
+        """Return the magnitude ``norm (O,)`` in the shape that PEFT stores for the layer."""
         return norm
 
 
 class LinearWeight(BaseWeight):
-    """View for a layer that computes ``x W^T``: ``nn.Linear``, ``Conv1D``, or a similar layer.
+    """View of the weight of a layer that computes ``x W^T``, such as ``nn.Linear`` or ``Conv1D``.
 
     Args:
         layer: layer with attributes for its sizes, or with a matrix as its weight.
-        fan_in_fan_out: whether the weight is stored as ``(I, O)``. For ``Conv1D`` this is detected.
+        fan_in_fan_out: whether the weight is stored as ``(I, O)``; always True for ``Conv1D``.
     """
 
     def __init__(self, layer: nn.Module, fan_in_fan_out: bool = False):
@@ -155,7 +155,7 @@ class LinearWeight(BaseWeight):
 
 
 class ConvWeight(BaseWeight):
-    """View for a convolution: its weight ``(O, C, *kernel)`` as a matrix for patches."""
+    """View of a convolution's weight ``(O, C, *kernel)`` as a matrix that multiplies patches."""
 
     @property
     def features(self) -> tuple[int, int]:
@@ -183,7 +183,7 @@ class ConvWeight(BaseWeight):
 
 
 class EmbeddingWeight(BaseWeight):
-    """View for an embedding of ``V`` tokens: the transposed weight multiplies one-hot vectors."""
+    """View of an embedding's weight: transposed, it multiplies one-hot vectors of the tokens."""
 
     stores = ("lora_embedding_A", "lora_embedding_B")
     store_kind = nn.ParameterDict

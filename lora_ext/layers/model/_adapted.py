@@ -1,4 +1,4 @@
-"""Functions that find the adapter layers of a model, of this package or of PEFT."""
+"""Functions that find the layers with adapters in a model: layers of this package or of PEFT."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def adapters_of(layer: nn.Module) -> tuple[str, ...]:
 
 
 def kind_of_layer(layer: nn.Module, adapter_name: str) -> Kind:
-    """Return the kind of a layer's adapter, as its settings select it."""
+    """Return the kind of a layer's adapter, which the layer's settings determine."""
     settings = SimpleNamespace(get=lambda name: getattr(layer, name, {}).get(adapter_name))
     return kind_of("LORA", settings)
 

@@ -16,39 +16,39 @@ from torch import Tensor
 
 from lora_ext import ops
 
-_asked: set[Callable[..., Any]] = set()
+_registered: set[Callable[..., Any]] = set()
 _lock = threading.Lock()
 _here = threading.local()
 
 
-def ask_first(function: Callable[..., Any]) -> None:
-    """Replace "sdpa" by ``function(inner, module, query, key, value, mask, **how)``.
+def replace_sdpa(function: Callable[..., Any]) -> None:
+    """Replace transformers' attention function "sdpa" by ``function``.
 
-    ``inner`` is the previous function. The replacement affects the whole process, and further calls
-    with the same function have no effect. The name remains "sdpa", since masks and caches depend on
-    it.
+    ``function(inner, module, query, key, value, mask, **how)`` receives the previous function as
+    ``inner``. The replacement affects the whole process, and later calls with the same function
+    have no effect. It keeps the name "sdpa", since masks and caches depend on the name.
     """
     from transformers.modeling_utils import AttentionInterface
 
     with _lock:
-        if function not in _asked:
+        if function not in _registered:
             inner = AttentionInterface._global_mapping["sdpa"]
             AttentionInterface.register("sdpa", functools.partial(function, inner))
-            _asked.add(function)
+            _registered.add(function)
 
 
 @contextmanager
 def requests_apart() -> Iterator[None]:
     """Compute attention for each request separately during a ``with`` block, in this thread.
 
-    In a step of continuous batching, transformers concatenates the requests to one row and
+    In a step of continuous batching, transformers concatenates the requests into one row and
     separates them by a mask. Every query is multiplied by the keys of every request, so a NaN or
     inf of one request would spread to all other requests. In the block, one call of
     :func:`lora_ext.ops.row_attention` computes all requests if each query attends to a range of
     keys. Otherwise each request is computed by a separate call of "sdpa". The block has an effect
     only on the CPU and only with the attention "sdpa".
     """
-    ask_first(_each_request)
+    replace_sdpa(_each_request)
     before, _here.apart = getattr(_here, "apart", False), True
     try:
         yield
@@ -76,7 +76,7 @@ def _each_request(
         return inner(module, query, key, value, attention_mask, *args, **how)
     assert attention_mask is not None
     if not (args or how.get("dropout") or how.get("softcap")):
-        known = getattr(_here, "spans", None)  # the layers of a step have one mask
+        known = getattr(_here, "spans", None)  # all layers of a step share one mask
         if known is None or known[0] is not attention_mask:
             _here.spans = known = attention_mask, _spans(attention_mask, queries, keys)
         if known[1] is not None:
@@ -91,10 +91,10 @@ def _each_request(
 
 
 def _spans(mask: Tensor, queries: list[int], keys: list[int]) -> Tensor | None:
-    """Return the range of keys of each query, ``(1, T, 2)``.
+    """Return the range of keys that each query attends to, ``(1, T, 2)``: first key, last key + 1.
 
-    The result is None if the mask has values other than "allowed" and "excluded", or if the allowed
-    keys of a query are not a range of the keys of its request.
+    The result is None if the mask has values other than "allowed" and "excluded", or if a query's
+    allowed keys are not a range of the request's keys.
 
     Args:
         mask: attention mask ``(1, 1, T, L)``, boolean or added to the scores.

@@ -1,4 +1,4 @@
-"""Pointwise functions of an exact model: their bits must not depend on an element's position.
+"""Pointwise functions of an exact model, with results that do not depend on element positions.
 
 A pointwise function, such as SiLU, maps each element separately. torch computes it with vector
 instructions, but uses other instructions for the last elements of each thread. The last bits
@@ -22,13 +22,13 @@ from lora_ext.rows import PoolLayer, of_call, pool_of
 
 from ._forwards import Forward
 
-#: Attribute that marks every module of an exact model. Copies of the model keep it, so they are
-#: exact as well.
+#: Attribute that marks every module of an exact model. Copies of the model have the attribute, too,
+#: so they are also exact.
 MARK = "_lora_ext_exact"
 
 _OURS = frozenset("cos gelu rsqrt sigmoid silu sin softplus tanh".split())
 
-# Ops with bitwise equal results with and without vector instructions: each step rounds once.
+# Ops that give bitwise equal results with and without vector instructions: each step rounds once.
 _SAFE = frozenset(
     "abs add bitwise_and bitwise_not bitwise_or ceil clamp clamp_max clamp_min clone copy div fill "
     "floor hardtanh leaky_relu logical_and logical_not logical_or masked_fill maximum minimum mul "
@@ -46,7 +46,7 @@ class _Unknown(ValueError):
     """Error for a torch op with results that may change with the batch or an element's position."""
 
     def __init__(self, found: str, where: str = "model"):
-        expected = "ops whose bits do not depend on the batch"
+        expected = "ops with results that do not depend on the batch"
         super().__init__(f"exact: {where}: expected {expected}, found {found}")
         self.found = found
 
@@ -91,12 +91,12 @@ class _Probe(_Functions):
             else:
                 _check_op(func, name, args, kwargs or {}, y)
         except _Unknown as error:
-            raise _Unknown(error.found, f"model: {where or 'the model'!r}") from None
+            raise _Unknown(error.found, f"model: {where!r}" if where else "model") from None
         return y
 
 
 def has_adapters(module: nn.Module) -> bool:
-    """Return whether a module is an adapter layer of this package; such layers are exact."""
+    """Return whether a module is an adapter layer of this package. Such layers are exact."""
     ours = type(module).__module__.startswith("lora_ext.")
     return ours and (isinstance(module, PoolLayer) or hasattr(module, "base_layer"))
 
@@ -133,7 +133,7 @@ def _function_of(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> st
 
 
 def _check_op(func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any], y: Any) -> None:
-    """Raise ValueError for products of torch and for pointwise functions not in ``_SAFE``."""
+    """Raise ValueError if an op is torch's product, or a pointwise function not in ``_SAFE``."""
     if name in _PRODUCTS:
         # A matrix product with one term per sum, as in rotary embeddings, is only rounded once.
         if name not in ("bmm", "mm") or args[0].shape[-1] != 1:
@@ -150,18 +150,18 @@ def _check_op(func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any
 
 
 class _Positionless(Forward):
-    """Forward of a module in an exact model that calls pointwise functions."""
+    """Replaced forward of a module that calls pointwise functions and is in an exact model."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         module: Any = self._module()
-        if MARK not in module.__dict__:  # the model was restored, but another wrapper calls this
+        if MARK not in module.__dict__:  # the model was restored, but a wrapper still calls this
             return self.own(*args, **kwargs)
         with _Functions():
             return self.own(*args, **kwargs)
 
 
 def replace_functions(model: nn.Module) -> None:
-    """Replace the pointwise functions that the modules of an exact model call.
+    """Make the modules of an exact model compute pointwise functions with ``ops.pointwise``.
 
     Raises:
         ValueError: If a module calls an op whose result may change with the batch. The message

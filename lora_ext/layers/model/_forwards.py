@@ -1,4 +1,4 @@
-"""Replacement of a module's forward that can call the original."""
+"""Replacement of a module's forward by a function that can call the original forward."""
 
 from __future__ import annotations
 
@@ -16,9 +16,10 @@ Run = Callable[[Any, Callable[..., Any], dict[str, Any]], Any]
 
 
 class Forward:
-    """Replaced forward in a module's ``__dict__``, which is copied with the module.
+    """Callable that replaces a module's forward and is stored in the module's ``__dict__``.
 
-    A hook is not used, because wrappers such as PEFT call ``forward`` directly, which skips hooks.
+    It is copied with the module. It is not a hook, because wrappers such as PEFT call ``forward``
+    directly, which skips hooks.
 
     Args:
         module: module to change, which is referenced weakly.
@@ -37,10 +38,10 @@ class Forward:
 
     @classmethod
     def remove(cls, module: nn.Module, run: Callable[[Run], bool]) -> bool:
-        """Undo :meth:`put_before` if ``run`` returns True for the function that was set.
+        """Undo :meth:`put_before` if ``run``, a predicate, is True for the function that it set.
 
-        Returns False if the module now has another forward. If this is a wrapper that was set
-        later, it may still call the forward of this class, which must then call the original.
+        Returns False if the module now has another forward. If that forward is a wrapper that was
+        set later, it may still call the function, which must then call the original forward.
         """
         found = module.__dict__.get("forward")
         if not isinstance(found, cls) or not run(found.run):
@@ -61,7 +62,7 @@ class Forward:
         return inspect.signature(self.own)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Call ``run`` with the arguments of the call by name."""
+        """Call ``run`` with the arguments of this call in a dictionary by name."""
         given = kwargs
         if args:
             parameters: Mapping[str, inspect.Parameter] = self.__signature__.parameters

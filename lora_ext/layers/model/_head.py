@@ -86,7 +86,7 @@ def causal_lm(model: Any, where: str) -> Any:
 def measured_head(
     where: str, lm: Any, softcap: float | None, entered: Tensor, logits: Tensor
 ) -> Head:
-    """Determine the output head of a model from the logits of the last position.
+    """Return the output head of a model, determined from the logits of the last position.
 
     Args:
         where: start of error messages.
@@ -122,7 +122,7 @@ def measured_head(
 def _explains(head: Head, z: Tensor, wanted: Tensor) -> bool:
     """Return whether a head gives the model's logits ``wanted (V,)``, up to rounding.
 
-    ``z`` are the scaled logits before the cap. The tolerance allows half precision, or autocast
+    ``z`` are the scaled logits before the cap. The tolerance allows for half precision, or autocast
     only in the head. Rounding errors have arbitrary directions, but a wrong scale changes the
     logits along their derivative with respect to the scale. The error along this direction must
     therefore be of the same size as the remaining error.

@@ -52,8 +52,8 @@ class LoraConfig:
         use_dora: whether to train a magnitude per output feature as well (DoRA).
         lora_bias: whether B has a bias.
         init_lora_weights: initialisation scheme, see :meth:`lora_ext.nn.LoraLinear.add_adapter`.
-        preserve_base_output: whether training starts at the outputs of the base model, see the same
-            method. True changes the base weight, so this field is not written to files.
+        preserve_base_output: whether training starts at the outputs of the base model, see
+            ``add_adapter``. True changes the base weight, so this field is not written to files.
         fan_in_fan_out: accepted without effect, because the layout of a weight is detected.
         alora_invocation_tokens: token ids of an activated adapter (aLoRA), which applies to a
             sequence only from the last occurrence of these tokens on. None or an empty sequence
@@ -111,7 +111,7 @@ class LoraConfig:
         for ok, name, expected in (
             (self.bias == "none", "bias", "'none' (the base model's biases are shared)"),
             (not (self.use_dora and self.invocation), "use_dora", "false for an activated adapter"),
-            (not (self.use_dora and self.lora_bias), "lora_bias", "false with use_dora, as PEFT"),
+            (not (self.use_dora and self.lora_bias), "lora_bias", "false with use_dora"),
             (listed or not layers, "layers_to_transform", alone),
             (listed or not pattern, "layers_pattern", alone),
         ):
@@ -204,7 +204,8 @@ class LoraConfig:
     ) -> tuple[list[float], list[str]]:
         """Return the value of each name in ``table``, and the unused keys of the table.
 
-        The value is that of the first key that matches the name or a suffix of it.
+        The value is that of the first key that matches the name or a suffix of the name; if no key
+        matches, it is ``default``.
         """
         keys = tuple(table)
         rows = self._match(where, "match", r"(.*\.)?({})$", keys, names)
@@ -253,7 +254,7 @@ def matches_suffix(name: str, patterns: Iterable[str]) -> bool:
 
 
 def checked_names(where: str, argument: str, value: Any) -> str | tuple[str, ...] | None:
-    """Return a string, a tuple of strings or None; raise WrongKind for other values."""
+    """Return ``value`` as a str, a tuple of str or None; raise WrongKind for other values."""
     if value is None or isinstance(value, str):
         return value
     strings = isinstance(value, list | tuple | set) and all(isinstance(v, str) for v in value)

@@ -24,7 +24,7 @@ class Decomposition(NamedTuple):
 
     d1: Tensor  # B' (A - A') x, due to the change of A
     d2: Tensor  # (B - B') A' x, due to the change of B
-    d3: Tensor  # (B - B') (A - A') x, due to the changes of A and B
+    d3: Tensor  # (B - B') (A - A') x, due to both changes together
 
 
 def decompose_step(x: Tensor, before: Sequence[Tensor], after: Sequence[Tensor]) -> Decomposition:
@@ -46,8 +46,8 @@ def decompose_step(x: Tensor, before: Sequence[Tensor], after: Sequence[Tensor])
 class LoraProbe:
     """Context manager that records norms of ``Z_A = A x`` and ``Z_B = B A x`` in linear layers.
 
-    If B is initially zero (Init[A] in the paper) and the learning rate is the best one, ``Z_A``
-    grows with the width of the model and during training. The probe shows in which layers it grows.
+    If B is initially zero (Init[A] in the paper) and the learning rate is optimal, ``Z_A`` grows
+    with the width of the model and during training. The probe shows in which layers it grows.
     Run training steps inside ``with probe:``, then read :attr:`history` and :meth:`report`.
 
     The layers may be :class:`lora_ext.nn.LoraLinear` or layers of PEFT. The outputs of the model do
@@ -103,7 +103,7 @@ class LoraProbe:
 
     def __enter__(self) -> LoraProbe:
         if self._handles:
-            raise RuntimeError("LoraProbe: expected one `with probe`, found it entered already")
+            raise RuntimeError("LoraProbe: expected one `with probe` at a time, found a nested one")
         # The hook that counts steps is registered first, since ``model`` may be a recorded layer
         # itself.
         self._handles.append(self.model.register_forward_pre_hook(self._count))
@@ -168,7 +168,7 @@ class LoraProbe:
                 rows = rows[self.mask.reshape(-1)]
             z = rows @ a.T  # (T, r)
             gram_a, gram_b = gram(a), gram(b.T)  # (r, r)
-            # |B z|^2 = z^T (B^T B) z avoids computing B z (T, m).
+            # |B z|^2 is computed as z^T (B^T B) z, without B z (T, m).
             square = ((z.double() @ gram_b) * z).sum()
             values = {
                 "rms_Z_A": _rms(z),
@@ -190,9 +190,9 @@ class LoraProbe:
 def gram(rows: Tensor) -> Tensor:
     """Return ``rows @ rows^T`` in float64.
 
-    ``||B A||^2 = trace((B^T B) (A A^T))`` suffers from cancellation if the product is small
-    compared with its factors. In float64, the error of the norm is 1e-8 relative to the factors; in
-    float32 it would be 3e-4.
+    The formula ``||B A||^2 = trace((B^T B) (A A^T))`` suffers from cancellation if the product is
+    small compared with its factors. In float64, the error of the norm is 1e-8 relative to the
+    factors; in float32 it would be 3e-4.
     """
     wide = rows.double()
     return wide @ wide.T
@@ -203,5 +203,5 @@ def _rms(z: Tensor) -> Tensor:
 
 
 def recomputing() -> bool:
-    """Return whether a backward is running; forwards in it recompute checkpointed layers."""
+    """Return whether a backward pass is running; forwards then recompute checkpointed layers."""
     return torch._C._current_graph_task_id() >= 0

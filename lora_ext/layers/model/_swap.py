@@ -85,7 +85,7 @@ class Swap:
 
 
 def find_module(model: nn.Module, name: str) -> nn.Module | None:
-    """Return the module with this name, or None."""
+    """Return the submodule ``name`` of ``model``, or None if it does not exist."""
     try:
         return model.get_submodule(name)
     except AttributeError:

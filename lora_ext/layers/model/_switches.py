@@ -1,7 +1,7 @@
 """Functions that switch the adapters of layers on and off, one by one or in groups.
 
-A layer with its adapter off computes only its base layer. Parameters, their ``requires_grad``
-flags, ``state_dict`` and the active adapters do not change.
+A layer whose adapters are all off computes only its base layer. Switching does not change the
+parameters, their ``requires_grad`` flags, ``state_dict`` or the list of active adapters.
 
 An adapter may also be switched off only in training mode. Each forward then reads the ``training``
 flag of the layer, so that evaluations between training steps use the adapter.
@@ -91,7 +91,7 @@ class LayerGroups:
         layers: tuple of the layers for each group.
 
     Raises:
-        ValueError: If no layer has the adapter, or ``group_by`` is none of the values above.
+        ValueError: If no layer has the adapter, or ``group_by`` is not one of the values above.
     """
 
     def __init__(
@@ -189,7 +189,7 @@ def _key(name: str, position: int, group_by: str | int, pattern: str | None) -> 
 
 
 def _check(layer: Any, adapter_name: str, active: bool, where: str) -> None:
-    expected = f"an adapter of {list(adapters_of(layer))}"
+    expected = f"one of the adapters {list(adapters_of(layer))}"
     require(adapter_name in adapters_of(layer), where, "adapter_name", expected, repr(adapter_name))
     if active:
         return
@@ -243,7 +243,7 @@ class _Switch:
 
     def __call__(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         kind = type(self.layer)
-        if getattr(kind, "asks_what_is_off", False):  # from_peft's layers skip what is off
+        if getattr(kind, "asks_what_is_off", False):  # from_peft's layers skip these adapters
             return kind.forward(self.layer, x, *args, **kwargs)
         return forward_of_the_rest(kind.forward, self.layer, x, *args, **kwargs)
 
@@ -260,13 +260,13 @@ _NONE: frozenset[str] = frozenset()
 
 
 _BASE = "__base__"  # PEFT's name for rows without an adapter
-_OF_ADAPTERS = ("adapter_names", "alora_offsets")  # arguments that only adapter layers accept
+_OF_ADAPTERS = ("adapter_names", "alora_offsets")  # arguments that base layers do not accept
 
 
 def forward_of_the_rest(
     forward: Callable[..., Tensor], layer: Any, x: Tensor, *args: Any, **kwargs: Any
 ) -> Tensor:
-    """Run PEFT's ``forward(layer, x, *args, **kwargs)`` without the adapters that are off.
+    """Return PEFT's ``forward(layer, x, *args, **kwargs)`` without the adapters that are off.
 
     Raises:
         ValueError: If an adapter that is off is merged into the base weight.

@@ -25,15 +25,15 @@ from ._head import Head, causal_lm, measured_head, softcap_of
 Model = TypeVar("Model", bound=nn.Module)
 
 _WHERE = "chunked_loss"
-_LOSS = "_loss_function"  # attribute of a model that replaces transformers' loss
+_LOSS = "_loss_function"  # attribute of a model; if set, transformers uses it as the loss function
 
 
 def chunked_loss(model: Model, enabled: bool = True, *, chunk: int = 8192) -> Model:
     """Make a causal LM compute its training loss in chunks of the logits; change it in place.
 
-    A forward in training mode with ``labels`` then returns the loss of transformers'
-    ``ForCausalLMLoss``, including its arguments ``num_items_in_batch`` and ``shift_labels``, and
-    ``logits=None``. :func:`lora_ext.ops.chunked_cross_entropy` computes the product of the output
+    A forward in training mode with ``labels`` then returns ``logits=None`` and the loss of
+    transformers' ``ForCausalLMLoss``, which may depend on the arguments ``num_items_in_batch`` and
+    ``shift_labels``. :func:`lora_ext.ops.chunked_cross_entropy` computes the product of the output
     layer, the softmax and their gradients for ``chunk`` columns at a time. For B sequences of T
     tokens and a vocabulary of V tokens, ``B T chunk`` logits are in memory instead of ``B T V``.
     Forwards in evaluation mode, without labels or without gradients do not change.
@@ -95,7 +95,7 @@ def chunked_loss(model: Model, enabled: bool = True, *, chunk: int = 8192) -> Mo
 
 @dataclass(eq=False)
 class _Call:
-    """State of one forward that is running."""
+    """State of a running forward of a model with a chunked loss."""
 
     layer: nn.Module  # output layer of the running model
     skip: bool  # True if the product of this layer is not computed
@@ -107,7 +107,7 @@ _running: ContextVar[_Call | None] = ContextVar("lora_ext.chunked_loss", default
 
 
 def _call_of(layer: nn.Module) -> _Call | None:
-    """Return the current call, or None if ``layer`` is the output layer of another model."""
+    """Return the running forward of the model with output layer ``layer``, or None."""
     call = _running.get()
     return call if call is not None and call.layer is layer else None
 
@@ -121,10 +121,10 @@ class _Loss:
     before: Callable[..., Any] | None  # loss that was set on the model; None for the class's loss
     chunk: int
     head: Head = field(default_factory=lambda: Head(None))
-    hook: RemovableHandle | None = None  # hook of the warning
+    hook: RemovableHandle | None = None  # handle of the hook `_before_hidden_states`
 
     def __call__(self, logits: Tensor, labels: Any, *args: Any, **given: Any) -> Any:
-        """Compute the loss with transformers' arguments; ``logits`` are not used if skipped."""
+        """Return the loss; ``logits`` are not used if the output layer's product is skipped."""
         call = _call_of(self.layer)
         if call is not None:
             call.logits = logits
@@ -152,8 +152,8 @@ def _layer_forward(layer: nn.Module, own: Callable[..., Any], given: dict[str, A
     if call is None:
         return own(**given)
     call.entered = given["input"]
-    # If the product is skipped, the model applies its later operations on logits to the hidden
-    # states. Only the size of their last dimension differs.
+    # If the product is skipped, the model applies its operations on logits to the hidden states,
+    # which differ from logits only in the size of the last dimension.
     return call.entered if call.skip else own(**given)
 
 

@@ -15,21 +15,21 @@ from lora_ext.rows import PoolLayer
 
 from ..base._packed_linear import PackedLinear, linears_of, pack_linears, packed_form, unpack
 from ..base._spacing import remove_hooks
-from ._attention import ask_first
+from ._attention import replace_sdpa
 from ._exact_functions import MARK, has_adapters, replace_functions, restore_functions
 
 Model = TypeVar("Model", bound=nn.Module)
 
-_OWN = "_lora_ext_exact_packed"  # attribute of layers that exact has packed
-_TREE = "_lora_ext_exact_tree"  # children of every module at the last check
+_OWN = "_lora_ext_exact_packed"  # attribute that marks layers that exact() has packed
+_TREE = "_lora_ext_exact_tree"  # attribute of a model for its _Tree
 
 _AGAIN = "call lora_ext.exact(model, enabled=False), then lora_ext.exact(model)"
 
 
 def exact(model: Model, enabled: bool = True) -> Model:
-    """Make a model compute the same bits for a token in every batch, also in training.
+    """Make a model compute bitwise equal results for a token in every batch, also in training.
 
-    In a plain decoder, the bits of three operations depend on the batch:
+    In a plain decoder, the results of three operations depend on the batch:
 
     * matrix products with a weight, because a library's order of summation depends on the number of
       rows. An exact model multiplies by packed weights instead, for any number of rows
@@ -84,7 +84,7 @@ def exact(model: Model, enabled: bool = True) -> Model:
         layer.__dict__[_OWN] = True
     for module in _with_bases(model):
         module.__dict__[MARK] = True
-    ask_first(_attention)
+    replace_sdpa(_attention)
     try:
         replace_functions(model)
     except BaseException:
@@ -158,7 +158,7 @@ class _Tree:
 
 
 def _check_unchanged(module: nn.Module, _: Any) -> None:
-    """Raise ValueError before a forward if a change of the model would make it inexact."""
+    """Raise ValueError before a forward if the model was changed so that it is not exact."""
     if MARK not in module.__dict__:
         return
     config: Any = getattr(module, "config", None)

@@ -38,7 +38,7 @@ class _Wrap:
 
     swap: Swap
     requires_grad: dict[str, bool]  # flag of each parameter before wrapping
-    spaced: list[nn.Module] = field(default_factory=list)  # layers that got hooks of space_products
+    spaced: list[nn.Module] = field(default_factory=list)  # layers with hooks of space_products
 
 
 def wrap(
@@ -50,7 +50,7 @@ def wrap(
 ) -> Model:
     """Add trainable adapters to a model and freeze the rest, as PEFT's ``get_peft_model`` does.
 
-    Changes the model in place and does not import peft; :func:`unwrap` undoes the change. Linear
+    The model is changed in place, without importing peft. :func:`unwrap` undoes the change. Linear
     layers (including transformers' ``Conv1D``), embeddings and patch-embedding convolutions are
     replaced by :class:`LoraLinear`, :class:`LoraEmbedding` and :class:`LoraConv`. Only the
     parameters of the adapter are trained. A classifier, which PEFT also trains for some tasks,
@@ -62,8 +62,8 @@ def wrap(
 
     Args:
         model: module that has no adapters, or only those that earlier calls added.
-        config: the modules to adapt and the settings of their adapters.
-        adapter_name: name of the adapter, without dots.
+        config: configuration with the modules to adapt and the settings of their adapters.
+        adapter_name: name of the new adapter, without dots.
         autocast_adapter_dtype: whether an adapter is stored in float32 if its base weight has 16
             bits, as in PEFT. If False, it has the dtype of the base weight, which is faster.
 
@@ -74,9 +74,9 @@ def wrap(
         TypeError: If ``config`` is not a :class:`LoraConfig`, or
             ``autocast_adapter_dtype`` is not a bool.
         RuntimeError: If the model has adapters that ``wrap`` did not add.
-        ValueError: If the configuration matches no module or one that cannot have an adapter, if an
-            invocation token is outside the vocabulary, or if :meth:`LoraLinear.add_adapter` raises
-            a ValueError.
+        ValueError: If the configuration matches no module, or a module that cannot have an adapter;
+            if an invocation token is outside the vocabulary; or if :meth:`LoraLinear.add_adapter`
+            raises a ValueError.
         NotImplementedError: If the windows of a convolution overlap, or a parent module reads the
             weight of a layer instead of calling the layer.
 
@@ -192,7 +192,7 @@ def _modules(model: nn.Module, wrapped: dict[str, nn.Module]) -> dict[str, nn.Mo
         peft = any(base.__module__.startswith("peft.") for base in type(module).__mro__)
         foreign = peft or isinstance(module, PoolLayer)
         foreign |= isinstance(module, LoraLayer) and not ours
-        expected, kind = "a model without adapters that wrap did not add", type(module).__name__
+        expected, kind = "a model whose only adapters are those of wrap", type(module).__name__
         require(not foreign, "wrap", "model", expected, f"{kind} at {name!r}", RuntimeError)
         if ours:
             inside.update(module.modules())
@@ -216,8 +216,8 @@ def _targets(model: nn.Module, modules: dict[str, nn.Module], config: LoraConfig
     require(found, "wrap", "target_modules", expected, "none")
     if ignored := sorted(found & uncalled):
         raise NotImplementedError(
-            f"wrap: target_modules: expected layers that are called, found {ignored[0]!r}: its "
-            "parent module only reads its weight, so an adapter would be ignored"
+            f"wrap: target_modules: expected layers that are called, found {ignored[0]!r}; its "
+            "parent module only reads the layer's weight, so an adapter would be ignored"
         )
     return [name for name in modules if name in found]
 
@@ -238,7 +238,7 @@ def _adapt(name: str, module: nn.Module, adapter_name: str, settings: dict[str, 
             return LoraEmbedding(module, adapter_name, **settings)
         if isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d):
             return LoraConv(module, adapter_name, **settings)
-        expected = "a Linear, Conv1D, Embedding, convolution or layer with in_ and out_features"
+        expected = "a Linear, Conv1D, Embedding, convolution, or in_features and out_features"
         raise ValueError(f"target_modules: expected {expected}, found a {type(module).__name__}")
     except (TypeError, ValueError, NotImplementedError) as error:
         raise type(error)(f"wrap: {name}: {error}") from error

@@ -1,4 +1,4 @@
-"""Layer groups for data-parallel and compiled training, in which a layer cannot just be skipped."""
+"""Layer groups for data-parallel and compiled training, in which layers cannot just be skipped."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ class TouchedGroups(LayerGroups):
     """Layer groups in which the parameters of inactive layers get zero gradients.
 
     Data-parallel training waits for the gradient of each parameter. An inactive layer therefore
-    adds one node to the autograd graph, and the backward runs through all blocks, including those
-    below the lowest active layer.
+    adds one node to the autograd graph, and the backward pass runs through all blocks, including
+    those below the lowest active layer.
     """
 
     def __init__(self, *args: Any):
@@ -43,14 +43,13 @@ def _touch(adapter_name: str, layer: nn.Module, _: Any, output: Tensor) -> Tenso
 
 
 class GatedGroups(LayerGroups):
-    """Layer groups in which the scale of each layer is multiplied by 0 or 1, read from a mask on
-    the device.
+    """Layer groups in which each layer's scale is multiplied by 0 or 1, read from a mask on the
+    device.
 
     The adapter of an inactive layer therefore adds zero, and a graph that was compiled once is
     valid for every mask. No work is saved, and inactive layers have gradients of zero. Adapters
-    that scale the output are not supported: with a scale of zero they differ from the base layer.
-    An adapter of a layer has one gate. If several controllers switch it, the gate uses the mask
-    that was set last.
+    that scale the output of their layer are not supported, since a scale of zero does not turn them
+    off. Several controllers of one adapter share the gates; the mask that was set last applies.
     """
 
     def __init__(self, *args: Any):
@@ -70,14 +69,14 @@ class GatedGroups(LayerGroups):
 
     @property
     def mask(self) -> Tensor:
-        """Mask ``(n,)`` bool, True for the groups that are on. Gates have one mask for training and
-        one for evaluation; a group's value is read from the one for the mode of its first layer."""
+        """Mask ``(n,)`` bool, True for the groups that are on. There is one mask for training and
+        one for evaluation; the mode of a group's first layer determines which mask is read."""
         gates = [_gate_of(group[0], self.adapter_name) for group in self.layers]
         modes = [int(group[0].training) for group in self.layers]
         return torch.tensor([g is None or g.on(m) for g, m in zip(gates, modes, strict=True)])
 
     def set_mask(self, mask: Mask, training_only: bool = False) -> None:
-        """Apply the mask ``(n,)``; with ``training_only``, all groups are on in evaluation."""
+        """Set the mask ``(n,)``; with ``training_only``, all groups are on in evaluation mode."""
         on = torch.tensor(self.checked(mask), dtype=torch.float32)
         self._masks.write(torch.stack([torch.ones_like(on) if training_only else on, on]))
         for layer, device, index in self._placed:
@@ -138,13 +137,13 @@ class _Gate:
         ]
 
     def follow(self, masks: _Masks, device: torch.device, index: int) -> None:
-        """Use entry ``index`` of these masks from now on."""
+        """Use entry ``index`` of ``masks`` from now on."""
         self.followed = masks, device, index
-        # The whole tensor is stored, since a view that is pickled or copied is no longer a view.
+        # The whole tensor is stored, since a pickled or copied view does not share its memory.
         self.gates, self.index = masks.on[device], index
 
     def on(self, mode: int) -> bool:
-        """Return whether the layer is on in ``mode``, 0 for evaluation and 1 for training."""
+        """Return whether the layer is on in ``mode``: 0 is evaluation, 1 is training."""
         masks, _, index = self.followed
         return bool(masks.host[mode, index])
 

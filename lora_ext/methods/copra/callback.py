@@ -18,22 +18,22 @@ from .controller import CopraController
 
 
 class CopraCallback(TrainerCallback):
-    """Callback that sets the mask of active layers before every optimizer step. Use it as
-    ``Trainer(..., callbacks=[CopraCallback(controller)])``.
+    """Callback that sets the mask of active layers before every optimizer step, for ``Trainer(...,
+    callbacks=[CopraCallback(controller)])``.
 
-    For one schedule, the mask depends only on ``state.global_step``. It is therefore the same for
-    all micro-batches of an accumulated step, in all processes, and in a resumed run. After the
-    training all layers are on.
+    For a given schedule, the mask depends only on ``state.global_step``. The mask is therefore the
+    same for all micro-batches of an accumulated step, in all processes, and in a resumed run. After
+    training, all layers are on.
 
     Args:
-        controller: Controller made with the number of optimizer steps that the Trainer will take.
+        controller: Controller created with the number of optimizer steps that the Trainer takes.
 
     Raises:
         TypeError: If ``controller`` is not a :class:`CopraController`.
 
     Warns:
-        UserWarning: If the controller was made for another number of steps, since the schedule
-            would then end too early or too late.
+        UserWarning: If the controller was created for a different number of steps, since the
+            schedule would then end too early or too late.
 
     Source: arXiv 2410.22911.
     """

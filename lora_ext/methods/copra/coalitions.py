@@ -1,8 +1,8 @@
 """Forwards in which the sequences of a batch have different sets of adapted layers.
 
-To evaluate a batch with K masks over the layers of a model, one can run K forwards, or one forward
-on K copies of the batch, which reads each weight only once. In the second case, a layer has one
-adapter id for each row, which is -1 if the row's mask switches the layer off.
+A batch can be evaluated with K masks over the layers of a model in K forwards, or in one forward on
+K copies of the batch. The second way reads each weight only once. It needs one adapter id per layer
+and row, which is -1 if the row's mask switches the layer off.
 """
 
 from __future__ import annotations
@@ -28,30 +28,30 @@ from lora_ext.rows import BASE, Assignment, NamedRows
 
 
 class RowwiseError(ValueError):
-    """Error for a layer that can be switched only as a whole, not row by row."""
+    """Raised if a layer can be switched on or off only for all rows of a batch together."""
 
 
 @contextlib.contextmanager
 def coalitions(groups: LayerGroups, masks: Tensor | Sequence, sequences: int) -> Iterator[None]:
     """Set different masks for the sequences of every batch in a ``with`` block.
 
-    Every batch must have ``K * sequences`` sequences: K copies of one batch, of which copy k uses
-    ``masks[k]``. A group on which all masks agree is switched as a whole: if it is off, only its
-    base layers are computed; if it is on, its usual forward is run. For the other groups, rows are
-    grouped by adapter once for each group and input shape. After the block every layer is restored.
+    Every batch must consist of K copies of one batch; copy k uses ``masks[k]``. A group that is on
+    in all masks runs its usual forward. A group that is off in all masks runs only its base layers.
+    For all other groups, rows are grouped by adapter once for each group and input shape. At the
+    end of the ``with`` block, every layer is restored.
 
     Args:
-        groups: n groups of layers. A layer on which the masks disagree must have the groups'
-            adapter as its only active adapter, or not use it at all.
+        groups: n groups of layers. In a layer on which the masks disagree, the groups' adapter must
+            be the only active adapter, or be inactive.
         masks: ``(K, n)`` bool, True for the groups that are on.
-        sequences: Number of sequences of the batch before it was copied for each mask.
+        sequences: Number of sequences of the batch before it was copied.
 
     Raises:
-        ValueError: If the masks have another shape or are not bool, ``sequences`` is below 1, or
+        ValueError: If the masks have the wrong shape or are not bool, ``sequences`` is below 1, or
             the adapter is merged into a layer that would be switched off.
         RowwiseError: If a layer on which the masks disagree has further active adapters, or is a
-            PEFT layer that accepts only one adapter for all rows. The model's forward raises it if
-            the rows of a layer are not the sequences of the batch. Then all layers are restored.
+            PEFT layer that accepts only one adapter for all rows. A forward in the ``with`` block
+            raises this error if the rows of a layer are not the sequences of the batch.
     """
     table = torch.as_tensor(masks)
     fits = table.dtype == torch.bool and table.dim() == 2 and table.shape[1] == len(groups)
@@ -95,8 +95,9 @@ def _takes_part(name: str, layer: Any, adapter_name: str) -> bool:
 
 
 def _takes_names(layer: Any, adapter_name: str) -> bool:
-    """Return whether a PEFT layer accepts ``adapter_names``. If the adapter scales the output,
-    only dense layers of ``from_peft`` do."""
+    """Return whether a PEFT layer accepts ``adapter_names``. Of the layers with an adapter that
+    scales the output, only dense layers that ``from_peft`` has converted accept
+    ``adapter_names``."""
     peft_layers: Any = sys.modules["peft.tuners.lora.layer"]
     if not isinstance(layer, peft_layers.Linear | peft_layers.Embedding | peft_layers._ConvNd):
         return False
@@ -107,12 +108,12 @@ def _takes_names(layer: Any, adapter_name: str) -> bool:
 
 
 class _GiveRows:
-    """Forward pre-hook that passes the adapter of each row to the layer's unchanged forward."""
+    """Forward pre-hook that passes the adapter of each row to the layer's own forward."""
 
     def __init__(self, name: str, layer: Any, rows: NamedRows, tokens_first: bool):
         self.name, self.rows = name, rows
         self.place = int(tokens_first)  # index of the batch dimension
-        #: Whether to transpose input and output, since plain PEFT layers require the batch
+        #: Whether to transpose input and output, since PEFT's own layers require the batch
         #: dimension to be the first.
         self.transposes = tokens_first and not hasattr(type(layer), "tokens_first")
         base = layer.get_base_layer()

@@ -28,13 +28,13 @@ class CopraConfig:
             completed fraction of the ramp, in [0, 1], to the completed fraction of the rise.
         group_by: Rule that divides the layers into groups. "block": the layers of a block form a
             group, and each layer outside all blocks is a group; "module": each layer is a group; an
-            int: that many consecutive layers form a group.
-        min_active: Smallest number of groups that train at each step.
+            int: number of consecutive layers in a group.
+        min_active: Smallest number of groups that are active at a step.
         seed: Seed of all masks.
-        sync: Treatment of inactive layers. "seed": they are skipped, and their parameters get no
-            gradient. "touch": they are skipped, but their parameters get gradients of zero, for
-            data-parallel training that waits for every parameter. "tensor": they are computed and
-            multiplied by zero, so that a compiled graph is never recompiled.
+        sync: Treatment of inactive layers. "seed": these layers are skipped, and their parameters
+            get no gradient. "touch": the layers are skipped, but their parameters get gradients of
+            zero, for data-parallel training that waits for every parameter. "tensor": the layers
+            are computed and multiplied by zero, so that a compiled graph is never recompiled.
 
     Raises:
         ValueError: If a field is out of range.

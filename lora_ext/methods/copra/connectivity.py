@@ -17,12 +17,11 @@ from lora_ext.layers import adapted_layers, adapter_factors, kind_of_layer
 
 
 class Barrier(NamedTuple):
-    """Loss of interpolated adapters, and its largest rise above the interpolated losses of the two
-    adapters.
+    """Losses of interpolated adapters, and the barrier between the two adapters.
 
     Attributes:
-        barrier: Largest rise at any position of ``lambdas``, in the unit of the loss. It is at
-            least 0 if ``lambdas`` contains 0 or 1.
+        barrier: Largest difference, over ``lambdas``, between the loss of the interpolated adapter
+            and the interpolated loss. The barrier is at least 0 if ``lambdas`` contains 0 or 1.
         lambdas: Positions from 0 (the first adapter) to 1 (the second).
         losses: Loss at each position.
     """
@@ -45,15 +44,15 @@ def lmc_barrier(
     """Compute the barrier ``max over l of loss(l) - ((1 - l) loss(0) + l loss(1))``.
 
     ``loss(l)`` is the loss of the model with the two adapters interpolated at l by
-    :func:`lora_ext.adapter.interpolate_adapters`. The interpolated adapter temporarily replaces one
-    of the model's adapters. The model runs in evaluation mode and without gradients; afterwards its
+    :func:`lora_ext.adapter.interpolate_adapters`. The interpolated adapter temporarily replaces an
+    adapter of the model. The model runs in evaluation mode and without gradients; afterwards its
     modes and its original parameter objects are restored.
 
     Args:
-        model: Model with layers of :mod:`lora_ext.nn` or PEFT. One of its adapters must be on the
+        model: Model with layers of :mod:`lora_ext.nn` or PEFT. One of its adapters must have the
             same modules as ``first`` and ``second``.
-        first, second: Adapters: each a :class:`lora_ext.adapter.LoraAdapter`, a folder, or a pair
-            of configuration and state dict.
+        first, second: The two adapters, each a :class:`lora_ext.adapter.LoraAdapter`, a folder, or
+            a pair of configuration and state dict.
         eval_fn: Function that returns the loss of the model. To compute the barrier of an accuracy,
             return the negative accuracy.
         lambdas: Number of evenly spaced positions from 0 to 1, or the positions themselves. The
@@ -124,8 +123,8 @@ def _check_modules(layers: dict[str, Any], adapter: str, value: LoraAdapter) -> 
 
 
 def _put(undo: contextlib.ExitStack, name: str, layer: Any, adapter: str, factors: Factors) -> None:
-    """Replace the factors and the scale of a layer until ``undo`` is closed. The new rank may
-    differ, since the layer gets new parameters; its original ones are kept unchanged."""
+    """Replace the factors and the scale of a layer until ``undo`` is closed. The layer gets new
+    parameters, so that their rank may differ; the original parameters do not change."""
     if factors.embedding:
         places = {"a": (layer.lora_embedding_A, adapter), "b": (layer.lora_embedding_B, adapter)}
     else:
@@ -138,7 +137,7 @@ def _put(undo: contextlib.ExitStack, name: str, layer: Any, adapter: str, factor
         if own is None:
             expected = "a layer with lora_bias=True, as in the adapters"
             raise ValueError(f"lmc_barrier: {name}: expected {expected}, found no bias of B")
-        # A missing bias has the same effect as a bias of zeros.
+        # Without a bias in the adapters, the layer's bias is set to zeros.
         value = torch.zeros_like(own) if new is None else new.to(own.device, own.dtype)
         parameter = nn.Parameter(value, requires_grad=own.requires_grad)
         undo.callback(setattr, owner, key, own)

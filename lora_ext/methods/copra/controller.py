@@ -1,4 +1,4 @@
-"""Controller that switches the adapted layers of a model on and off by masks."""
+"""Controller that switches the adapted layers of a model on and off according to masks."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ _KINDS = {"seed": LayerGroups, "touch": TouchedGroups, "tensor": GatedGroups}
 class CopraController:
     """Controller that switches groups of adapted layers of one model on and off.
 
-    Call :meth:`step` before each optimizer step; in evaluation all groups are on. With the default
-    ``sync="seed"``, a layer that is off computes only its base layer, and its parameters get no
-    gradient. An optimizer then skips these parameters, provided that their gradients are None, as
-    after ``zero_grad(set_to_none=True)``. Blocks below the lowest active layer build no graph.
+    Call :meth:`step` before each optimizer step; in evaluation mode, all groups are on. With the
+    default ``sync="seed"``, a layer that is off computes only its base layer, and its adapter's
+    parameters get no gradient. Call ``zero_grad(set_to_none=True)``, so that the optimizer skips
+    these parameters. Blocks below the lowest active layer build no graph.
 
     Args:
         model: Model with layers of :mod:`lora_ext.nn` or PEFT, before or after ``from_peft``.
-        config: Settings of the schedule, the groups and the inactive layers.
+        config: Settings of the schedule, of the groups and of inactive layers.
         total_steps: T, number of optimizer steps of the whole training.
         adapter: Name of the adapter whose layers are switched.
 
@@ -37,9 +37,10 @@ class CopraController:
         layers: :class:`lora_ext.nn.LayerGroups` that the masks are applied to.
 
     Raises:
-        ValueError: If no layer has the adapter, or it is merged into a layer; if ``group_by`` is
-            unknown, or an int that does not divide the number of layers; if a layer's outputs are
-            scaled and ``sync`` is "tensor"; or if :class:`CopraSchedule` raises it.
+        ValueError: If no layer has the adapter, or the adapter is merged into a layer; if
+            ``group_by`` is unknown, or an int that does not divide the number of layers; if the
+            adapter scales the output of a layer and ``sync`` is "tensor"; or if
+            :class:`CopraSchedule` raises it.
         TypeError: If ``total_steps`` is not an int.
 
     Source: arXiv 2410.22911.
@@ -81,14 +82,14 @@ class CopraController:
         return self.layers.mask
 
     def step(self, step: int | None = None) -> Tensor:
-        """Set the mask of one optimizer step for training; in evaluation all groups are on.
+        """Set the training mask of one optimizer step; in evaluation mode, all groups are on.
 
         Args:
             step: Index of the optimizer step, from 0. The default is 0 in the first call, and
                 afterwards the index of the previous call plus 1.
 
         Returns:
-            Mask ``(num_groups,)`` bool, True for the groups that train.
+            Mask ``(num_groups,)`` bool, True for the groups that are on.
 
         Raises:
             ValueError: If the step is negative, or the adapter is merged into a layer that would be
@@ -108,8 +109,8 @@ class CopraController:
             mask: ``(num_groups,)`` bool, True for the groups to switch on.
 
         Raises:
-            ValueError: If the mask has another length or is not bool, or the adapter is merged into
-                a layer that would be switched off. Then no layer is changed.
+            ValueError: If the mask is not ``(num_groups,)`` bool, or the adapter is merged into
+                a layer that would be switched off. No layer is changed in this case.
         """
         self._set(mask)
 
@@ -134,16 +135,16 @@ class CopraController:
             self._removed = True
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the index of the next step and the settings that determine all masks, as numbers
-        and strings."""
+        """Return a dictionary with the index of the next step and the settings that determine all
+        masks, as numbers and strings."""
         return {"step": self._next, **self._mask_settings()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Restore a state returned by :meth:`state_dict`, and set the mask of its last step.
+        """Load a state returned by :meth:`state_dict`, and set the mask of its last step.
 
         Raises:
-            ValueError: If the state has other keys or belongs to another schedule, for example one
-                with another ``total_steps``. Then the controller is unchanged.
+            ValueError: If the state's keys or settings, such as ``total_steps``, differ from the
+                controller's. The controller is then unchanged.
         """
         fixed, where = self._mask_settings(), "CopraController.load_state_dict"
         expected = f"the keys {['step', *fixed]}"

@@ -17,8 +17,8 @@ from lora_ext.layers import block_name, matches_suffix
 from .controller import CopraController
 from .shapley import Shapley
 
-#: Source of groups of module names. A controller, or a list of groups, is used as it is. For an
-#: adapter, an adapter's folder or a list of names, the modules are grouped by block.
+#: Source of groups of module names. A controller's groups or a list of groups are used unchanged.
+#: The modules of an adapter or its folder, or a list of names, are grouped by block.
 Source = (
     CopraController | LoraAdapter | str | os.PathLike[str] | Sequence[str] | Sequence[Sequence[str]]
 )
@@ -84,7 +84,7 @@ def top_by_shapley(source: Source, values: Shapley | Tensor | Sequence[float], k
 
     Args:
         source: Groups of modules, see :data:`Source`.
-        values: Value of each group, for example from :func:`layer_shapley`.
+        values: One number per group, for example from :func:`layer_shapley`.
         k: Number of groups to keep.
 
     Raises:
@@ -142,7 +142,7 @@ def _groups(source: Source, where: str) -> list[list[str]]:
 
 
 def _in_order(blocks: list[str]) -> list[str]:
-    """Sort the blocks of each stack by number, since files list block 10 before block 2. The order
+    """Sort the blocks of each stack by number, since block 10 is before block 2 in files. The order
     of the stacks, and of names outside all blocks, does not change."""
     first: dict[str, int] = {}
 

@@ -1,4 +1,4 @@
-"""Schedule of the layer groups that train at each step, determined by the seed and the step."""
+"""Schedule of the layer groups that are active at each step, drawn from the seed and the step."""
 
 from __future__ import annotations
 
@@ -25,16 +25,16 @@ class CopraSchedule:
     """Schedule of layer dropping: the probability and the mask of each training step.
 
     The probability of step t is ``p(t) = min(p1, p0 + (p1 - p0) ramp(t / E))`` with
-    ``E = ceil(rho T)``, and p1 if t >= E. The number of active groups has the binomial
-    distribution of L trials with probability p(t), conditioned on at least ``min_active``. That
-    many groups are then drawn uniformly. Neither draw is repeated, however small p is.
+    ``E = ceil(rho T)``, and p1 if t >= E. The number of active groups is drawn from the binomial
+    distribution of L trials with probability p(t), conditioned on at least ``min_active``. The
+    active groups are then drawn uniformly. No draw has to be repeated, even if p is small.
 
     A mask depends only on the config, ``num_groups``, ``total_steps`` and the step. A resumed run
-    with the same arguments, a recomputed block and every process of a parallel run therefore draw
-    the same mask, with any version of torch.
+    with the same arguments and every process of a parallel run therefore draw the same masks, with
+    any version of torch.
 
     Args:
-        config: Settings, of which p0, p1, ramp_ratio, ramp, min_active and seed are used.
+        config: Settings; only p0, p1, ramp_ratio, ramp, min_active and seed are used.
         num_groups: L, number of groups of layers.
         total_steps: T, number of optimizer steps of the whole training.
 
@@ -55,7 +55,7 @@ class CopraSchedule:
         self.config = config
         self.num_groups = num_groups
         self.total_steps = total_steps
-        # Rounded first, since 0.07 * 100 is slightly above 7 in floating point and would become 8.
+        # Without `round`, 0.07 * 100, which is slightly above 7 in floating point, would become 8.
         self.ramp_steps = max(1, math.ceil(round(config.ramp_ratio * total_steps, 9)))
 
     def probability(self, step: int) -> float:
@@ -76,7 +76,8 @@ class CopraSchedule:
         return min(p1, p0 + (p1 - p0) * value)
 
     def mask(self, step: int) -> Tensor:
-        """Return the mask ``(num_groups,)`` of the groups that train at ``step``, bool on the CPU.
+        """Return the mask ``(num_groups,)`` of the groups that are active at ``step``, bool on the
+        CPU.
 
         Raises:
             ValueError, TypeError: As for :meth:`probability`.
@@ -94,7 +95,7 @@ class CopraSchedule:
         return mask
 
     def expected_active(self, step: int) -> float:
-        """Return the expected number (at least ``min_active``) of active groups at ``step``.
+        """Return the expected number of active groups at ``step``.
 
         Raises:
             ValueError, TypeError: As for :meth:`probability`.
@@ -102,11 +103,10 @@ class CopraSchedule:
         return math.fsum(k * chance for k, chance in self._counts(self.probability(step)).items())
 
     def mean_activation(self) -> float:
-        """Return the mean of p(t) over all steps, which is roughly the fraction of the adapters'
-        computation that is not skipped.
+        """Return the mean of p(t) over all steps; ``min_active`` is ignored.
 
-        With a linear ramp to p1 = 1 and many steps, it is near ``rho (p0 + 1) / 2 + 1 - rho``. The
-        minimum ``min_active`` is ignored.
+        The mean is roughly the fraction of the adapters' computation that is not skipped. With a
+        linear ramp to p1 = 1 and many steps, the mean is near ``rho (p0 + 1) / 2 + 1 - rho``.
         """
         return math.fsum(map(self.probability, range(self.total_steps))) / self.total_steps
 
@@ -117,7 +117,7 @@ class CopraSchedule:
             return {least: 1.0}
         if p == 1:
             return {n: 1.0}
-        # Computed in the log domain, since the weights underflow if p is tiny.
+        # The weights are computed from their logarithms, since they would underflow for tiny p.
         odds = math.log(p) - math.log1p(-p)
         logs = [math.log(math.comb(n, k)) + k * odds for k in range(least, n + 1)]
         highest = max(logs)
@@ -127,8 +127,8 @@ class CopraSchedule:
 
 
 def _uniforms(seed: int, step: int, count: int) -> list[float]:
-    """Return ``count`` numbers in [0, 1), each made of 53 bits of a hash of the seed, the step and
-    a counter."""
+    """Return ``count`` numbers in [0, 1). Each consists of 53 bits of a hash of the seed, the step
+    and a counter."""
     found: list[float] = []
     for block in range(math.ceil(count / 8)):
         digest = hashlib.blake2b(f"{seed}:{step}:{block}".encode()).digest()  # 64 bytes

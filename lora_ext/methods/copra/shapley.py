@@ -26,19 +26,19 @@ _MAX_EXACT_PLAYERS = 20  # 2^20 is about a million coalitions
 _MAX_EXACT_GROUPS = 12
 _ORDERS, _DRAWS, _LEVELS = 32, 4, 16  # defaults of orders, draws per level, and levels
 # Largest number of tokens per forward on the CPU, enough to amortise reading the weights. Larger
-# forwards allocate new memory for their activations: this took 1/4 of the time of one forward of
-# SmolLM2 on 4096 tokens, but only 1/20 of the time of 16 forwards on 256 tokens each.
+# forwards spend more time on the allocation of activations: it took 1/4 of the time of one forward
+# of SmolLM2 on 4096 tokens, and 1/20 of the time of 16 forwards on 256 tokens each.
 _MAX_CPU_TOKENS = 1024
 
-#: Function that returns the values of coalitions. Bit i of a coalition is set if player i is in it.
+#: Function that returns the values of coalitions. Bit i of a coalition is set if it has player i.
 Values = Callable[[Sequence[int]], list[float]]
 
 
 class Shapley(NamedTuple):
     """Shapley value of each player, with its standard error.
 
-    With the methods "exact" and "permutation", the values add up to v(all) - v(none), up to
-    rounding.
+    With the methods "exact" and "permutation", the values sum to v(all players) - v(no players), up
+    to rounding.
     """
 
     values: Tensor  # (n,) float64
@@ -67,10 +67,10 @@ def shapley_values(
         n: Number of players.
         method: Algorithm. "exact" evaluates all 2^n coalitions. "permutation" adds the players one
             by one in random orders, and evaluates n + 1 coalitions per order. "owen" divides [0, 1]
-            into ``levels`` intervals. At each midpoint q, it draws coalitions that contain every
-            player with probability q, and evaluates n + 1 coalitions per draw: the drawn one, and
-            for each player the drawn one with this player added or removed. The error due to the
-            midpoints is of the order of 1 / levels^2.
+            into ``levels`` intervals. At each midpoint q, it draws coalitions that include each
+            player with probability q. For each draw it evaluates n + 1 coalitions: the drawn
+            coalition, and for each player the same coalition with this player added or removed. The
+            error of the midpoint rule is of the order of 1 / levels^2.
         samples: Number of orders of "permutation" (default 32), or of coalitions drawn per level of
             "owen" (default 4).
         generator: Random generator of the samples; default is torch's global one for the CPU.
@@ -108,9 +108,9 @@ def layer_shapley(
     antithetic: bool = False,
     levels: int = _LEVELS,
 ) -> Shapley:
-    """Compute the Shapley value of each group of layers for a utility of the model.
+    """Compute the Shapley value of each group of layers for a utility, such as the accuracy.
 
-    The model runs in evaluation mode and without gradients; modes and masks are restored
+    The model runs in evaluation mode and without gradients. Its modes and the masks are restored
     afterwards.
 
     Args:
@@ -118,20 +118,20 @@ def layer_shapley(
         controller: Controller whose groups of layers are the players.
         eval_fn: Function that returns the utility. ``eval_fn(model)`` returns a number such as the
             accuracy or the negative loss. With a batch, ``eval_fn(output, batch)`` returns a tensor
-            ``(rows,)`` of the utilities of the rows of the model's output; v(S) is their mean.
+            ``(rows,)`` with the utility of each row of the model's output; v(S) is their mean.
         method: Algorithm, see :func:`shapley_values`; default is "exact" for at most 12 groups,
             otherwise "permutation".
         samples, generator, cache, antithetic, levels: As in :func:`shapley_values`.
         batch: Keyword arguments of the model. Tensors with the same number of rows as the first
             tensor are repeated for each coalition; all other values are passed unchanged.
-        batched_coalitions: K, number of coalitions in one forward, each on a copy of the batch.
-            The weights are read once for all of them. On the CPU, a forward has at most 1024 tokens
-            unless one copy has more, since larger forwards are not faster there.
+        batched_coalitions: K, number of coalitions in one forward, each on a copy of the batch. The
+            weights are read only once per forward. On the CPU, where larger forwards are not
+            faster, a forward has at most 1024 tokens unless one copy of the batch has more.
 
     Raises:
-        ValueError: If the controller belongs to another model; if ``batched_coalitions`` is below
-            1, or above 1 without a batch; if a batch has no tensors; if ``eval_fn`` does not return
-            one number per row; or if :func:`shapley_values` raises it.
+        ValueError: If the controller's layers are not in ``model``; if ``batched_coalitions`` is
+            below 1, or above 1 without a batch; if the batch has no tensors; if ``eval_fn`` does
+            not return one number per row of the batch; or if :func:`shapley_values` raises it.
 
     Warns:
         UserWarning: If a layer cannot be switched row by row; coalitions are then evaluated one by
@@ -156,11 +156,9 @@ def layer_shapley(
 
 
 def _coalitions_at_once(inputs: Tensor, most: int) -> int:
-    """Return the number of copies of a batch to run in one forward.
+    """Return the number of copies of a batch to run in one forward, at most ``most``.
 
-    This is ``most`` or, on the CPU, the largest number up to ``most`` with at most 1024 tokens in
-    total, but at least 1.
-
+    On the CPU, the copies have at most 1024 tokens in total, unless a single copy has more.
     ``inputs`` are token ids ``(rows, ...)``, or features with one more dimension.
     """
     if inputs.device.type != "cpu":
@@ -272,8 +270,8 @@ class _Estimator(NamedTuple):
     """Coalitions to evaluate, and the function that combines their values into Shapley values
     ``(n,)`` and standard errors ``(n,)``.
 
-    Bit i of a coalition is set if player i is in it. All coalitions are listed before the first is
-    evaluated, so that several can be evaluated in one forward.
+    All coalitions are listed before the first is evaluated, so that one forward can evaluate
+    several of them.
     """
 
     coalitions: list[int]  # may contain duplicates
@@ -281,7 +279,7 @@ class _Estimator(NamedTuple):
 
 
 def _exact(n: int) -> _Estimator:
-    """Return the estimator that evaluates the definition, with all ``2^n`` coalitions. Its standard
+    """Return the estimator that evaluates the definition with all ``2^n`` coalitions; the standard
     error is 0."""
 
     def combine(v: Tensor) -> tuple[Tensor, Tensor]:
@@ -323,8 +321,8 @@ def _permutation(
 
 
 def _owen(n: int, draws: int, levels: int, generator: torch.Generator | None) -> _Estimator:
-    """Return the estimator that averages the gains of v over coalitions that contain each player
-    with probability q.
+    """Return the estimator that averages the gains of v over random coalitions, which include each
+    player with probability q.
 
     ``phi_i`` is the integral of the mean gain over q in [0, 1], approximated by the mean over
     midpoints.
@@ -341,9 +339,9 @@ def _owen(n: int, draws: int, levels: int, generator: torch.Generator | None) ->
 
     def combine(v: Tensor) -> tuple[Tensor, Tensor]:
         table = v.view(levels * draws, n + 1)
-        changes = table[:, 1:] - table[:, :1]  # of v, when each player joins or leaves
+        changes = table[:, 1:] - table[:, :1]  # changes of v if one player joins or leaves
         gains = torch.where(torch.tensor(inside), -changes, changes)
-        if draws == 1:  # Levels also differ in q, so that this overestimates the error.
+        if draws == 1:  # This overestimates the error, since levels also differ in q.
             return gains.mean(0), _error_of_mean(gains)
         by_level = gains.view(levels, draws, n)
         errors = torch.stack([_error_of_mean(level) for level in by_level])

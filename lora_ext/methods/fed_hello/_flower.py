@@ -24,26 +24,27 @@ _log = logging.getLogger("flwr")
 class FedHello(LoraStrategy):
     """Flower strategy in which each client trains as many layers as it can.
 
-    The layers are chosen by position, at random, or by importance. With ``kind="fim"``, the server
-    scores the layers on samples that no client has. It does so before it makes the plans of each
-    round for which :meth:`HLA.wants_scores` returns True. If a score is not finite, a warning is
-    logged and the previous weights are kept.
+    The layers are chosen by position, at random, or by importance. With ``kind="fim"`` in the
+    configuration, the server scores the layers on its own samples, before it makes the plans of
+    each round for which :meth:`HLA.wants_scores` returns True. If a score is not finite, a warning
+    is logged and the weights of the layers do not change.
 
     Args:
         allocator: An :class:`HLA` for the number of layers of the global adapter, or a
-            :class:`FedHelloConfig`, with which the HLA is made in the first round.
-        model_fn: With "fim", function that returns the base model with the adapter. It is called
-            once; the global adapter is loaded into the model whenever layers are scored.
-        proxy: With "fim", samples of the server, which no client has, in batches for
-            :func:`fim_scores`; or a function without arguments that returns the batches.
+            :class:`FedHelloConfig`, from which an HLA is created in the first round.
+        model_fn: Function that returns the base model with the adapter, required by "fim". The
+            function is called once. The global adapter is loaded into the returned model whenever
+            layers are scored.
+        proxy: Batches of the server's samples for :func:`fim_scores`, or a function without
+            arguments that returns the batches. Required by "fim".
         adapter: Name of the adapter in the model of ``model_fn``.
         strategy: Arguments of :class:`LoraStrategy`, such as ``capability``.
 
     Raises:
         EmptyProxySet: If ``kind`` is "fim" and there are no samples.
-        ValueError: If ``kind`` is "fim" and there is no model; if :class:`LoraStrategy` raises it;
-            or, at the start of a run, if the allocator is for another number of layers.
-        TypeError: If the allocator has another type.
+        ValueError: If ``kind`` is "fim" and ``model_fn`` is None; if :class:`LoraStrategy` raises
+            it; or, at the start of a run, if the global adapter has the wrong number of layers.
+        TypeError: If the allocator has the wrong type.
 
     Warns:
         UserWarning: If there are layers that no client can ever train, given the capabilities of
@@ -98,8 +99,8 @@ class FedHello(LoraStrategy):
         return super().select(round, clients)
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Restore a state returned by ``state_dict``, including the allocation. The state may have
-        been stored as JSON."""
+        """Load a state returned by ``state_dict``, including the allocation. The state may have
+        been stored as JSON in between."""
         if "allocator" in state:
             self._allocation(state["allocator"]["L"])
         super().load_state_dict(state)

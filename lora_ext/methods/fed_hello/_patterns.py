@@ -1,5 +1,5 @@
-"""Selection of a client's layers: fixed by a pattern (GD), or drawn with its weights (RGD). Weights
-are those of the pattern, or come from groups of layers with similar importance."""
+"""Selection of a client's layers, either fixed by a pattern (GD) or drawn at random (RGD). The
+weights of the draw are those of the pattern, or depend on the importance of the layers."""
 
 from __future__ import annotations
 
@@ -41,12 +41,13 @@ _LINES = {Pattern.UNIFORM: (1, 0), Pattern.TRIANGLE: (3, -2), Pattern.INVERTED_T
 
 
 def as_pattern(where: str, pattern: Pattern | str) -> Pattern:
-    """Return the pattern with this name; raise an error that lists all names if it is unknown."""
+    """Return the pattern with this name; if the name is unknown, raise an error that lists all
+    names."""
     return Pattern(choice(where, "pattern", pattern, [each.value for each in Pattern]))
 
 
 def pattern_weights(pattern: Pattern | str, L: int) -> Tensor:
-    """Return g, the weight of each layer in a draw.
+    """Return g, the weight of each of L layers for draws with a pattern.
 
     For layer l and ``u = l / (L - 1)``, the weight before division by the sum is 1 for "uniform",
     ``3 - 2u`` for "triangle" and ``1 + 2u`` for "inverted_triangle". For "bottleneck", the authors'
@@ -77,7 +78,7 @@ def pattern_weights(pattern: Pattern | str, L: int) -> Tensor:
 
 
 def gd_layers(pattern: Pattern | str, L: int, c: int) -> tuple[int, ...]:
-    """Return S, the layers of a client that can train c of L layers.
+    """Return S, the layers that a pattern gives to a client that can train c of L layers.
 
     =================== ==================================================================
     uniform             ``floor(i L / c)``, i from 0 to c - 1
@@ -120,13 +121,13 @@ def gd_layers(pattern: Pattern | str, L: int, c: int) -> tuple[int, ...]:
 def rgd_layers(
     weights: Weights, c: int, *, seed: int, round: int, client: int | str
 ) -> tuple[int, ...]:
-    """Draw S, c distinct layers, without replacement and with probabilities proportional to the
-    weights of the remaining layers.
+    """Draw S, c distinct layers, one after another; each remaining layer has a probability
+    proportional to its weight.
 
-    The result is the c layers l with the largest ``log g_l - log(-log U_l)``, which has the
-    distribution of such a draw (Gumbel top-k). The U_l in (0, 1) are hashes of seed, round, client
-    and layer. The layers of a client therefore depend neither on the other clients of the round nor
-    on the version of a library.
+    S contains the c layers l with the largest ``log g_l - log(-log U_l)``, which is equivalent to
+    this draw (Gumbel top-k). The numbers U_l in (0, 1) are hashes of seed, round, client and layer.
+    The layers of a client therefore depend neither on the other clients of the round nor on the
+    version of a library.
 
     Args:
         weights: g, ``(L,)``, with any sum above 0. A layer with weight 0 is never drawn.
@@ -138,7 +139,7 @@ def rgd_layers(
 
     Raises:
         ValueError: If weights are negative, not finite, or of the wrong shape; or if c is negative
-            or above the number of weights above 0.
+            or larger than the number of positive weights.
         TypeError: If c is not an integer.
 
     Source: arXiv 2506.12213, RGD-HLA.
@@ -156,8 +157,8 @@ def rgd_layers(
 
 
 def checked_weights(where: str, weights: Weights, L: int | None = None) -> Tensor:
-    """Return weights as float64 ``(L,)``; raise unless they are finite and at least 0, and their
-    sum is above 0."""
+    """Return weights as float64 ``(L,)``; raise ValueError unless all weights are finite and at
+    least 0, with a sum above 0."""
     g = torch.as_tensor(weights, dtype=torch.float64).detach().cpu()
     fits = g.dim() == 1 and (g.numel() == L if L is not None else g.numel() > 0)
     require(fits, where, "weights", f"shape ({'L' if L is None else L},)", list(g.shape))
@@ -177,20 +178,20 @@ def _uniform(seed: int, round: int, client: int | str, layer: int) -> float:
     named = repr(client) if isinstance(client, str) else operator.index(client)
     text = f"{operator.index(seed)}:{operator.index(round)}:{named}:{layer}"
     digest = hashlib.blake2b(text.encode(), digest_size=8).digest()
-    # 52 bits plus a half are exact in a float, and the result is never 0 or 1, which would lead to
-    # log(0).
+    # 52 bits plus a half are exact in a float. The result U is never 0 or 1, for which
+    # log(-log U) is not finite.
     return ((int.from_bytes(digest, "little") >> 12) + 0.5) * 2.0**-52
 
 
 def cluster_weights(
     scores: Tensor | Sequence[float], k: int = 3, levels: Sequence[float] = (1, 2, 3)
 ) -> Tensor:
-    """Return g, the weight of each layer, which depends on the group of its score.
+    """Compute g, the weight of each layer, from k groups of layers with similar scores.
 
-    The sorted scores are cut into k groups such that the sum of squared deviations from the group
-    means is minimal, by dynamic programming. Equal scores are in the same group. Of two equally
-    good cuts, the earlier one is used. With fewer than k distinct scores, each distinct score is a
-    group, and the first levels are used; if all scores are equal, all weights are equal.
+    Dynamic programming cuts the sorted scores into k groups such that the sum of squared deviations
+    from the group means is minimal. Equal scores are in the same group. Of two equally good cuts,
+    the one at the lower score is used. With fewer than k distinct scores, each distinct score is a
+    group, and the first levels are used. If all scores are equal, all weights are equal.
 
     Args:
         scores: Importance of each of L layers, ``(L,)``, finite.
@@ -202,7 +203,7 @@ def cluster_weights(
 
     Raises:
         ValueError: If k is below 1, there are fewer than k levels, a level is not finite and above
-            0, or the scores have another shape or are not finite.
+            0, or the scores have the wrong shape or are not finite.
         TypeError: If k is not an integer.
 
     Source: arXiv 2506.12213, FIM-HLA: three groups, with weights 1, 2 and 3. The groups of the
@@ -223,9 +224,9 @@ def cluster_weights(
 
 
 def _groups(points: list[float], counts: list[int], k: int) -> list[int]:
-    """Return the group of each of the ascending, distinct ``points``, where ``counts[i]`` scores
-    are equal to ``points[i]``."""
-    # Computed in exact fractions, so that rounding does not decide between equally good cuts.
+    """Return the group of each of the ascending, distinct ``points``; ``counts[i]`` scores are
+    equal to ``points[i]``."""
+    # Fractions are exact, so that rounding does not decide between equally good cuts.
     pairs = zip(map(Fraction, points), counts, strict=True)
     powers = zip(*((Fraction(count), count * p, count * p * p) for p, count in pairs), strict=True)
     sums = [[*accumulate(values, initial=Fraction(0))] for values in powers]
@@ -238,7 +239,7 @@ def _groups(points: list[float], counts: list[int], k: int) -> list[int]:
 
     @cache
     def best(end: int, groups: int) -> tuple[Fraction, tuple[int, ...]]:
-        """Return the least cost of ``points[:end]`` in this many groups, and where they start."""
+        """Return the least cost of ``points[:end]`` in ``groups`` groups, and the group starts."""
         if groups == 1:
             return cost(0, end), (0,)
         starts = range(groups - 1, end)

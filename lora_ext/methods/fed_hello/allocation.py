@@ -29,9 +29,9 @@ class HLA:
     """Allocation that gives each client as many layers as it can train.
 
     Layers are chosen by position ("gd"), at random ("rgd"), or by importance ("fim"). A plan lists
-    the layers that a client trains in a round. It depends only on the settings, the seed, the
+    the layers that a client trains in a round. The plan depends only on the settings, the seed, the
     round, the client, its capability, and the importance passed to :meth:`update` up to that round.
-    It does not depend on other clients or on the order of calls.
+    The plan does not depend on other clients or on the order of calls.
 
     Args:
         pattern: P, a :class:`Pattern` or its name. To pass a configuration instead, use :meth:`of`.
@@ -75,7 +75,7 @@ class HLA:
     @classmethod
     def of(cls, config: FedHelloConfig, L: int) -> HLA:
         """Return the allocation with the settings of ``config`` for a model of L layers."""
-        found = cls.__new__(cls)  # __init__ accepts single settings, not a config
+        found = cls.__new__(cls)  # __init__ accepts separate settings instead of a config
         found._set(config, L)
         return found
 
@@ -86,7 +86,7 @@ class HLA:
             self._prior = pattern_weights(config.pattern, L)
         else:
             self._prior = normalised(checked_weights("HLA", config.weights, L))
-        self._importance: dict[int, Tensor] = {}  # by the first round that uses them
+        self._importance: dict[int, Tensor] = {}  # weights, by the first round that uses them
 
     def weights(self, round: int) -> Tensor:
         """Return g, the weight of each layer in a round, ``(L,)`` float64 with sum 1. The weights
@@ -125,8 +125,8 @@ class HLA:
 
         Raises:
             ValueError: If the number of scores is not L, a score is not finite, or the round is
-                negative. Then nothing is changed.
-            TypeError: If the round is not an integer. Then nothing is changed.
+                negative. Nothing is changed in this case.
+            TypeError: If the round is not an integer. Nothing is changed in this case.
         """
         round = integer("HLA.update", "round", round, 0)
         values = torch.as_tensor(scores, dtype=torch.float64)
@@ -140,7 +140,7 @@ class HLA:
         Args:
             round: Number of the round, from 0.
             client: Number or name of the client.
-            capability: c, number of layers that the client can train. If it is 0, the plan is empty
+            capability: c, number of layers that the client can train. If c is 0, the plan is empty
                 and the client must not be selected.
 
         Raises:
@@ -184,18 +184,18 @@ class HLA:
         return f"HLA({self.config.kind}, {shape}, {self.L} layers of weights {weights})"
 
     def state_dict(self) -> dict[str, Any]:
-        """Return everything that plans depend on, in a form that JSON can store."""
+        """Return all values that plans depend on, as a dictionary that JSON can store."""
         importance = [[round, g.tolist()] for round, g in self._importance.items()]
         config = asdict(self.config) | {"pattern": str(self.config.pattern)}
         return {"L": self.L, "config": config, "importance": importance}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Restore a state returned by :meth:`state_dict`, including the settings. Plans then equal
+        """Load a state returned by :meth:`state_dict`, including the settings. Later plans equal
         those of the object that returned the state.
 
         Raises:
-            ValueError: If the number of layers differs, or settings or weights are invalid. Then
-                nothing is changed.
+            ValueError: If the number of layers is not ``L``, or settings or weights are
+                invalid. Nothing is changed in this case.
             KeyError: If an entry is missing.
         """
         where = "HLA.load_state_dict"

@@ -19,32 +19,31 @@ Reduce = Literal["fro", "trace"]
 class FedHelloConfig:
     """Settings of Fed-HeLLo: the choice of each client's layers in each round.
 
-    A client that can train c layers gets c of L layers. g is the weight of a layer in a draw, or in
-    the order of "gd".
+    A client that can train c layers gets c of L layers. g is the weight of each layer: "rgd" and
+    "fim" draw layers in proportion to g.
 
     Attributes:
-        pattern: P, a :class:`Pattern` or its name; it favours layers by their position.
+        pattern: P, a :class:`Pattern` or its name; a pattern favours layers by their position.
         kind: Rule that chooses the layers. "gd": by the pattern, the same in every round; "rgd":
             drawn for each round and client with the pattern's weights; "fim": drawn with weights
             by importance as soon as importance is known, and like "rgd" before that.
         seed: Seed of all draws.
-        weights: g of every layer, which replaces the pattern's weights. With "gd", the c layers
-            with the largest weights are chosen, the lower layer first if weights are equal (our
-            choice).
+        weights: g of every layer, instead of the pattern's weights. With "gd", the c layers with
+            the largest g are then chosen; of layers with equal g, the lower one (our choice).
         prior_rounds: T_prior, first round of "fim" that can use importance.
         every: Interval in rounds: from round ``prior_rounds``, importance is computed in every
             round whose number is a multiple of ``every``.
         hold: Whether the rounds between two computations use the last importance (our choice). If
-            False, they use the pattern, as in the authors' code.
-        mix: Share of importance: ``g = mix g_FIM + (1 - mix) g_GD``. g_FIM are the weights by
-            importance and g_GD the pattern's weights, each with sum 1 (our choice).
+            False, these rounds use the pattern, as in the authors' code.
+        mix: Share of importance in ``g = mix g_FIM + (1 - mix) g_GD``. g_FIM are the weights from
+            importance and g_GD those of the pattern, each with sum 1 (our choice).
         k: Number of groups of layers with similar importance, see :func:`cluster_weights`.
         levels: Weight of each group, in ascending order of the groups' importance.
         score, reduce, chunk: As in :func:`fim_scores`.
 
     Raises:
         ValueError: If a field is out of range.
-        TypeError: If a number or bool has another type.
+        TypeError: If a number or bool has the wrong type.
 
     Source: arXiv 2506.12213 and its repository, TNI-playground/Fed_HeLLo; docs/fed_hello.md.
     """

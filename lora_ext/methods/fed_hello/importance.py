@@ -34,7 +34,7 @@ LayerOf = Callable[[str], int | None]
 
 
 class EmptyProxySet(ValueError):
-    """Raised if importance is requested and there are no samples."""
+    """Raised if there are no samples to compute importance from."""
 
 
 def fim_scores(
@@ -51,11 +51,11 @@ def fim_scores(
         D = mean over samples of (d log p(y | x) / d theta)^2, elementwise
         F_l = sum over the tensors theta of layer l of norm(D)
 
-    One forward and one backward are run per batch: for a linear layer, the gradient of one sample
-    is the product of the layer's inputs and output gradients. Adapters on other layers, with
-    scaled outputs or with a bias need one more forward and backward per sample. All
-    layers are scored, including frozen ones. The model runs in evaluation mode; its training modes,
-    ``requires_grad`` flags, gradients and values are the same afterwards.
+    Each batch takes one forward and one backward pass: for a linear layer, the gradient of one
+    sample is the product of the layer's inputs and output gradients. Adapters on other layers, with
+    scaled outputs or with a bias need one more forward and backward pass per sample. All layers are
+    scored, including frozen ones. The model runs in evaluation mode. Afterwards, its training
+    modes, ``requires_grad`` flags, gradients and values are the same as before.
 
     Args:
         model: Model with adapted layers of :mod:`lora_ext.nn` or PEFT, before or after
@@ -69,7 +69,8 @@ def fim_scores(
             index of its layer, or to None for tensors that are not scored.
         score: Function whose gradient is taken: "log_prob", log p(y | x), or "logit", the logit of
             the label, as in the authors' code.
-        reduce: norm(D): "fro", the Frobenius norm, or "trace", the sum of the entries.
+        reduce: The ``norm`` of the formula: "fro", the Frobenius norm, or "trace", the sum of the
+            entries.
         chunk: Largest number of samples whose gradients are in memory at once.
 
     Returns:
@@ -89,7 +90,7 @@ def fim_scores(
     choice(WHERE, "reduce", reduce, get_args(Reduce))
     integer(WHERE, "chunk", chunk, 1)
     layers, pairs, alone = _scored(model, layer_of)
-    # Outputs made in a caller's inference_mode would have no gradient.
+    # If the caller is in inference_mode, outputs would have no gradient.
     with _as_evaluated(model, alone), torch.inference_mode(False), torch.enable_grad():
         squares = {id(p): torch.zeros_like(p, dtype=torch.float64) for p in layers}
         fisher = _Fisher(model, pairs, alone, squares, score, chunk)
@@ -114,8 +115,8 @@ class _Pair(NamedTuple):
 def _scored(
     model: nn.Module, layer_of: LayerOf
 ) -> tuple[dict[nn.Parameter, int], list[_Pair], list[nn.Parameter]]:
-    """Return the layer of each LoRA tensor, the pairs of factors that need one backward per batch,
-    and the tensors that need one backward per sample."""
+    """Return the layer index of each LoRA tensor, the pairs of factors that need one backward pass
+    per batch, and the tensors that need one per sample."""
     names = {id(p): name for name, p in model.named_parameters()}
     layers: dict[nn.Parameter, int] = {}
     pairs: list[_Pair] = []
@@ -172,7 +173,7 @@ def _as_evaluated(model: nn.Module, trained: list[nn.Parameter]) -> Iterator[Non
 
 @dataclass
 class _Fisher:
-    """Sums of the samples' squared gradients (``squares``), by the ids of the parameters."""
+    """Sums of the squared gradients of samples, stored in ``squares`` by ``id(parameter)``."""
 
     model: nn.Module
     pairs: list[_Pair]
@@ -182,7 +183,7 @@ class _Fisher:
     chunk: int
 
     def add(self, batch: Any) -> int:
-        """Add a batch's samples and return their number."""
+        """Add the squared gradients of each sample of ``batch``; return the number of samples."""
         pairs = [
             p for p in self.pairs if is_active(p.layer, p.adapter) and not p.layer.disable_adapters
         ]
@@ -234,8 +235,8 @@ class _Fisher:
 
 
 def _by_sample(name: str, tensors: Sequence[Tensor], n: int) -> Tensor:
-    """Concatenate tensors as ``(n, T, width)``. Some models pass a layer the tokens of all n
-    samples in one dimension, ``(n * T, width)``."""
+    """Concatenate tensors to ``(n, T, width)``. In some models, a layer's input has the tokens of
+    all n samples in one dimension: ``(n * T, width)``."""
     for t in tensors:
         fits = t.dim() > 1 and t.shape[0] % n == 0
         require(fits, WHERE, name, f"{n} samples in dimension 0", list(t.shape))

@@ -1,5 +1,5 @@
-"""LEGEND: federated LoRA on devices of different speeds. Each device trains only the last layers of
-the model, as many as it can in the time that the other devices need.
+"""LEGEND: federated LoRA on devices of different speeds. Each device trains the last k layers of
+the model; k is chosen for each device so that all devices need about the same time.
 
 Source: "Adaptive Parameter-Efficient Federated Fine-Tuning on Heterogeneous Devices", LEGEND (arXiv
 2412.20004).

@@ -1,5 +1,5 @@
-"""Speed of each device, estimated from its reports on rounds; duration of a round, and the time
-that devices wait for the slowest one."""
+"""Estimates of each device's speed from its reports, simulated durations of rounds, and the mean
+time that devices wait for the slowest device."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from lora_ext.federated import PATTERN, Client, LayerPlan, check_layers, layer_p
 
 _log = logging.getLogger(__name__)
 
-#: Weight of a device's previous ratio f : mu (see `Estimate`), relative to a report's weight of 1.
+#: Weight of a device's previous ratio f / mu (see `Estimate`), relative to a report's weight of 1.
 #: The ratio is needed if all reports have the same depth; otherwise this weight is negligible.
 _RATIO_WEIGHT = 1e-3
 
-#: Bounds of settings, which :class:`LegendConfig` has as well.
+#: Bounds of settings that are also fields of :class:`LegendConfig`.
 BOUNDS = {
     "rho": within(0, below=1),
     "forgetting": within(above=0, maximum=1),
@@ -31,21 +31,21 @@ BOUNDS = {
 
 
 class CapacityReport(NamedTuple):
-    """Unchecked report of a device on one round, with durations by the device's clock."""
+    """Report of a device on one round, not yet checked. The device measures the durations."""
 
     device: Client
     depth: int  # k, number of trained layers
     train_time: float  # seconds
     down_time: float  # seconds to download the planned layers
     bytes: float  # size of the planned layers, in one direction
-    up_time: float | None = None  # seconds to upload them; None means equal to down_time
+    up_time: float | None = None  # seconds to upload these layers; None means down_time
 
 
 class Estimate(NamedTuple):
-    """Time model of a device: ``T(k) = f + k mu + beta U(k)`` seconds for k trained layers, which
-    have ``U(k)`` bytes.
+    """Parameters of a device's time model: a round with k trained layers, which have ``U(k)``
+    bytes, takes ``T(k) = f + k mu + beta U(k)`` seconds.
 
-    The values are not checked here. Functions that use them raise an error if one is out of range.
+    The values are checked by the functions that use them.
     """
 
     f: float  # seconds without any trained layer
@@ -60,33 +60,36 @@ class CapacityTracker:
 
     A report updates beta to ``rho beta + (1 - rho) observed``. f and mu are fitted to the training
     times ``f + k mu`` of all reports by weighted least squares: a report has ``forgetting`` times
-    the weight of the next one. If all reports of a device have the same depth k, the ratio f : mu
-    keeps its previous value. Its initial value is L : 2, since f contains the forward of L layers,
-    and the backward of a layer costs two of its forwards.
+    the weight of the next report. If all reports of a device have the same depth k, f / mu keeps
+    its previous value. The initial value is L / 2, since f contains the forward of L layers, and
+    the backward of a layer takes about as long as two of its forwards.
 
-    If a report has the same depth as the previous one, but more than twice or less than half of the
-    estimated training time, the speed of the whole device is assumed to have changed. The times of
-    the earlier reports are then multiplied by the ratio of the speeds. This is our choice, since a
-    line through reports of different speeds has a meaningless slope.
+    If a report has the same depth as the previous one, but a training time above twice or below
+    half of the estimate, the device is assumed to have become slower or faster. The times of all
+    earlier reports are then multiplied by the ratio of the reported to the estimated time. This is
+    our choice: a line fitted to reports of different speeds has a meaningless slope.
+
+    A report is invalid if a duration or the size is not finite, not above 0, or too large, or if
+    the depth is outside [1, L]. Invalid reports are counted and change no estimate.
 
     Args:
         L: Number of layers.
         rho: Weight of the old value of beta.
         forgetting: lambda, factor by which the weight of a report decreases with each later report.
-        outlier: Largest accepted factor between a reported and an estimated value. A report that
-            exceeds it is ignored. If the next report exceeds it too, the change counts as real, and
-            all earlier reports are forgotten.
-        most_seconds: Upper bound of a duration; a report above it is not a measurement.
-        max_bad: Number of consecutive reports that are not measurements after which a device is not
-            trusted.
-        max_timeouts: Number of consecutive timeouts after which a device rests.
-        cooldown: Number of rounds for which a device rests, that is, must not be selected.
-        prior: Known f, mu and beta by device. They count as two reports, one of depth L and one of
-            depth ``ceil(L / 2)``.
+        outlier: Largest accepted factor between a reported and an estimated value. A report with a
+            larger factor is ignored. If the factor of the next report is also too large, all
+            earlier reports are discarded, and the new one is used.
+        most_seconds: Largest valid duration in seconds.
+        max_bad: Number of consecutive invalid reports after which a device is not trusted.
+        max_timeouts: Number of consecutive timeouts after which a device is paused: it must not be
+            selected.
+        cooldown: Number of rounds for which a device is paused.
+        prior: Known f, mu and beta by device. The values of a device are used as two reports, with
+            depths L and ``ceil(L / 2)``.
 
     Attributes:
-        dropped: Number of reports that were not measurements, by device.
-        ignored: Number of outliers, by device.
+        dropped: Number of invalid reports, by device.
+        ignored: Number of ignored outliers, by device.
 
     Raises:
         ValueError: If a setting is out of range.
@@ -131,11 +134,7 @@ class CapacityTracker:
         return device in self._devices and self._devices[device].count > 0  # pyright: ignore
 
     def update(self, report: CapacityReport) -> bool:
-        """Update the estimate of a device with its report.
-
-        A report is not a measurement if a duration or the size is not finite, not above 0, or
-        too large, or if the depth is outside [1, L]. Such a report is counted and changes no
-        estimate. NaN stands for a missing value.
+        """Update the estimate of a device with its report, in which NaN stands for a missing value.
 
         Returns:
             Whether the estimate was updated.
@@ -145,9 +144,9 @@ class CapacityTracker:
         if not self._is_measurement(report._replace(up_time=up_time)):
             state.bad += 1
             self.dropped[report.device] += 1
-            _log.warning("CapacityTracker: dropped a report that is not a measurement: %s", report)
+            _log.warning("CapacityTracker: dropped an invalid report: %s", report)
             return False
-        # Converted to Python numbers, since JSON cannot store those of NumPy.
+        # JSON cannot store NumPy's numbers, so they are converted to Python's.
         depth, seconds = int(report.depth), float(report.train_time)
         beta = (float(report.down_time) + float(up_time)) / float(report.bytes)
         state.bad = state.timeouts = 0
@@ -176,14 +175,15 @@ class CapacityTracker:
     ) -> None:
         """Record that a device did not reply in time, as if it had trained for ``seconds``.
 
-        If ``seconds`` exceeds the estimated training time, f and mu are increased by the same
-        factor to match it. Otherwise the estimate does not change.
+        If ``seconds`` exceeds the estimated training time, f and mu are multiplied by the ratio of
+        the two times. A smaller value changes nothing. Without an estimate, ``seconds`` is used as
+        a report.
 
         Args:
             device: Name of the device.
             depth: k, depth of the device's plan.
             seconds: Time that the server waited (the deadline).
-            round: Round of the timeout. With None, the timeout does not make the device rest.
+            round: Number of the round. If None, the device is not paused after this timeout.
 
         Raises:
             ValueError: If the depth is outside [1, L], or the seconds are not finite and above 0.
@@ -202,7 +202,7 @@ class CapacityTracker:
         if state.timeouts >= self.max_timeouts and round is not None:
             state.timeouts = 0
             state.rests_until = round + self.cooldown
-            _log.warning("%s: %r rests until round %d", where, device, state.rests_until)
+            _log.warning("%s: %r is paused until round %d", where, device, state.rests_until)
 
     def rests(self, device: Client, round: int) -> bool:
         """Return whether ``device`` must not be selected in ``round`` because of too many
@@ -210,8 +210,8 @@ class CapacityTracker:
         return device in self._devices and round <= self._devices[device].rests_until
 
     def trusted(self, device: Client) -> bool:
-        """Return whether ``device`` has sent fewer than ``max_bad`` reports that are not
-        measurements since its last measurement."""
+        """Return whether ``device`` has sent fewer than ``max_bad`` invalid reports since its last
+        valid one."""
         return device not in self._devices or self._devices[device].bad < self.max_bad
 
     def estimate(self, device: Client) -> Estimate:
@@ -226,12 +226,13 @@ class CapacityTracker:
         return Estimate(*state.solved(), state.beta or 0.0, self.trusted(device))
 
     def repeats(self, device: Client, depth: int) -> int:
-        """Return how many of the latest reports of ``device`` in a row have this ``depth``."""
+        """Return the number of consecutive reports, up to the latest, in which ``device`` had this
+        ``depth``."""
         state = self._devices.get(device)
         return state.repeats if state is not None and state.last == depth else 0
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the state of all devices in a form that JSON can store."""
+        """Return the state of all devices as a dictionary that JSON can store."""
         return {
             "devices": [[d, asdict(state)] for d, state in self._devices.items()],
             "dropped": [list(entry) for entry in self.dropped.items()],
@@ -239,10 +240,10 @@ class CapacityTracker:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Restore a state returned by :meth:`state_dict`.
+        """Load a state returned by :meth:`state_dict`.
 
         Raises:
-            KeyError, TypeError: If the state has another form. Then nothing is changed.
+            KeyError, TypeError: If the state has the wrong form. Nothing is changed in this case.
         """
         devices = {device: _Device(**values) for device, values in state["devices"]}
         dropped, ignored = (Counter(dict(state[key])) for key in ("dropped", "ignored"))
@@ -265,10 +266,11 @@ class CapacityTracker:
 
 @dataclass
 class _Device:
-    """State of one device. The weighted sums over its reports suffice for the least squares fit."""
+    """State of one device: weighted sums over its reports, which the least squares fit needs, and
+    counters."""
 
     ratio_f: float
-    ratio_mu: float = 2.0  # a layer's backward costs two of its forwards
+    ratio_mu: float = 2.0  # a layer's backward takes about as long as two of its forwards
     beta: float | None = None
     count: float = 0.0  # sum of the weights
     k: float = 0.0  # weighted sum of depths
@@ -276,9 +278,9 @@ class _Device:
     t: float = 0.0  # weighted sum of training times
     kt: float = 0.0  # weighted sum of the products of depth and training time
     last: int = 0  # depth of the latest report
-    repeats: int = 0  # number of reports with that depth since it last changed
-    bad: int = 0
-    off: bool = False
+    repeats: int = 0  # number of consecutive reports of that depth
+    bad: int = 0  # number of invalid reports since the last valid one
+    off: bool = False  # True if the latest valid report was an outlier
     timeouts: int = 0
     rests_until: int = -1
 
@@ -297,7 +299,7 @@ class _Device:
         self.kt *= factor
 
     def forget(self) -> None:
-        """Drop all reports, but keep the ratio f : mu."""
+        """Discard all reports, but keep the ratio f / mu."""
         f, mu = self.solved()
         if f + mu > 0:
             self.ratio_f, self.ratio_mu = f, mu
@@ -335,7 +337,7 @@ def check_estimate(where: str, name: str, estimate: Estimate) -> None:
 
 
 def waiting_time(times: Iterable[float] | Mapping[Any, float]) -> float:
-    """Return ``W = mean_i(max_j T_j - T_i)``, the mean time that devices wait for the slowest one.
+    """Return ``W = mean_i(max_j T_j - T_i)``, the mean time that devices wait for the slowest.
 
     Args:
         times: Seconds that each device needs for the round; of a mapping, the values are used.
@@ -371,11 +373,11 @@ class SimulatedClock:
 
     A device needs ``T = f + d mu + beta (down + up) / 2`` seconds. ``up`` is the number of bytes of
     the planned layers. ``down`` is the same number, or with ``send_frozen`` the bytes of all
-    layers. d is the number of layers from the lowest planned layer to the output, which the
-    backward passes through. If the last k layers are planned, d is k.
+    layers. d is the number of layers that the backward pass runs through, from the output to the
+    lowest planned layer. If the last k layers are planned, d is k.
 
     Args:
-        speeds: f, mu and beta by device.
+        speeds: f, mu and beta by device, see :class:`Estimate`.
         state: Global adapter; only the sizes of its tensors are used.
         pattern: Regular expression for the layer's index in a name.
         send_frozen: Whether devices also receive the layers that they do not train.

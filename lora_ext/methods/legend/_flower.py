@@ -19,9 +19,9 @@ _OF_ALLOCATOR = ("draw", "prior", "memory", "mem", "shares", "rank_caps")
 class Legend(LoraStrategy):
     """Flower strategy in which each client trains as many of the last layers as time allows.
 
-    The number of these layers, called the depth, is computed from the durations that clients report
-    (``train-time-s`` and ``down-time-s``), each measured by the client's clock. A client that does
-    not reply is treated as if it had trained until the timeout. After three timeouts in a row it is
+    The number of these layers, called the depth, is computed from the durations that each client
+    measures and reports (``train-time-s`` and ``down-time-s``). A client that does not reply is
+    treated as if it had trained until the timeout. After three consecutive timeouts, a client is
     not selected for ``cooldown`` rounds.
 
     Args:
@@ -30,7 +30,7 @@ class Legend(LoraStrategy):
             its ranks.
         settings: Arguments ``draw``, ``prior``, ``memory``, ``mem``, ``shares`` and ``rank_caps``
             of :class:`lora_ext.methods.legend.LegendAllocator`, and all arguments of
-            :class:`LoraStrategy`, in which ``capability`` is the largest depth of a client.
+            :class:`LoraStrategy`. ``capability`` is the largest depth of a client.
 
     Attributes:
         allocator: :class:`LegendAllocator`, or None before the first round.
@@ -38,7 +38,7 @@ class Legend(LoraStrategy):
     Raises:
         ValueError: If a setting is out of range or, in the first round, if the adapter does not
             have the ranks of the config.
-        TypeError: If ``config`` has another type.
+        TypeError: If ``config`` has the wrong type.
 
     Source: LEGEND (arXiv 2412.20004).
     """
@@ -55,20 +55,22 @@ class Legend(LoraStrategy):
         super().__init__(**settings)
 
     def before_round(self, round: int, state: Mapping[str, Tensor]) -> None:
-        """Create the allocator before the first round, from the ranks and bytes of the adapter."""
+        """Create the allocator from the ranks and sizes of the adapter, if there is none yet."""
         if self.allocator is None:
             self.allocator = LegendAllocator.of(self.config, state, self._pattern, **self._settings)
             if self._restored is not None:
                 self.allocator.load_state_dict(self._restored)
 
     def select(self, round: int, clients: Mapping[Client, int]) -> list[Client]:
-        """Select clients of a round, except those that are resting after timeouts."""
+        """Select clients as :class:`LoraStrategy` does, except clients that are paused after
+        timeouts."""
         tracker = self._allocator.tracker
         awake = {client: k for client, k in clients.items() if not tracker.rests(client, round)}
         return super().select(round, awake)
 
     def plan_round(self, round: int, clients: Mapping[Client, int]) -> dict[Client, LayerPlan]:
-        """Return the allocator's plans of a round. A client that is resting has no plan."""
+        """Return the allocator's plans for a round. A client that is paused after timeouts has no
+        plan."""
         return self._allocator.plan_round(round, clients)
 
     def observe(
@@ -82,15 +84,15 @@ class Legend(LoraStrategy):
         self._allocator.timed_out(round, client, plan, seconds)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the state as :class:`LoraStrategy` does. If no round has run since a state was
-        restored, it contains the restored state of the allocator."""
+        """Return the state as :class:`LoraStrategy` does. If no round has run since
+        :meth:`load_state_dict`, the allocator's part is the part that was loaded."""
         found = super().state_dict()
         if self.allocator is None and self._restored is not None:
             found["allocator"] = dict(self._restored)
         return found
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Restore a state returned by :meth:`state_dict`, including one read from JSON. The
+        """Load a state returned by :meth:`state_dict`, possibly stored as JSON in between. The
         allocator is created in the next round, since it depends on the adapter."""
         rest = dict(state)
         self._restored = rest.pop("allocator", None)

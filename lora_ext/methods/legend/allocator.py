@@ -1,4 +1,4 @@
-"""Server side of LEGEND without Flower: an object that computes plans from devices' reports."""
+"""Server side of LEGEND, independent of Flower: it computes plans from the devices' reports."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from .ranks import layer_bytes
 Draw = Callable[[int, int, Client], Sequence[int]]
 
 WHERE = "LegendAllocator"
-#: Fields of the config that are arguments of the tracker or the configurator with the same name.
+#: Fields of the config that are passed to the tracker or the configurator under the same names.
 _OF_TRACKER = ("rho", "forgetting", "cooldown")
 _OF_DEPTHS = ("mode", "k_min", "k_max", "byte_budget", "max_step", "cover_every", "eps", "deadline")
 
@@ -29,9 +29,9 @@ _OF_DEPTHS = ("mode", "k_min", "k_max", "byte_budget", "max_step", "cover_every"
 class LegendAllocator:
     """Planner of rounds that estimates the speed of each device from its reports.
 
-    With ``warmup="probe"``, a new device is probed: it trains all layers in its first round and
-    half of them in its second. A device that is not trusted, since its latest reports were not
-    measurements, trains only ``k_min`` layers. A device that rests after timeouts has no plan.
+    If ``config.warmup`` is "probe", a new device is probed: it trains all layers in its first round
+    and half of them in its second. A device that is not trusted, since its latest reports were
+    invalid, trains only ``k_min`` layers. A device that is paused after timeouts has no plan.
 
     Args:
         config: Settings. ``total`` and ``shape`` determine the ranks, unless ``ranks`` is given.
@@ -39,7 +39,7 @@ class LegendAllocator:
         ranks: Rank of each layer.
         draw: With ``depth_as_count``, function ``draw(count, round, client)`` that returns the
             layers to train, for example with Fed-HeLLo's ``rgd_layers``.
-        prior: Known f, mu and beta by device.
+        prior: Known f, mu and beta by device, see :class:`Estimate`.
         memory, mem, shares, rank_caps: As in :class:`LegendConfigurator`.
 
     Attributes:
@@ -47,10 +47,11 @@ class LegendAllocator:
         configurator: :class:`LegendConfigurator` that chooses the depths.
         L: Number of layers.
         ranks: Rank of each layer.
-        last: Latest :class:`Configuration`, which does not include the probed devices.
+        last: Latest :class:`Configuration`, without the devices that were probed.
 
     Raises:
-        ValueError: If settings contradict each other.
+        ValueError: If ``draw`` or ``prior`` does not match ``config``, or another setting is
+            invalid.
 
     Source: LEGEND (arXiv 2412.20004); probes and exploration are our choice.
     """
@@ -86,7 +87,7 @@ class LegendAllocator:
             self.L, bytes_per_layer, ranks=self.ranks, **settings
         )
         self.last: Configuration | None = None
-        self._depths: dict[Client, int] = {}  # latest depth, dropped after a timeout or bad report
+        self._depths: dict[Client, int] = {}  # latest depths of trusted devices without a timeout
         self._probes: Counter[Client] = Counter()
 
     @classmethod
@@ -97,7 +98,7 @@ class LegendAllocator:
         pattern: str = PATTERN,
         **settings: Any,
     ) -> LegendAllocator:
-        """Return the allocator for a global adapter.
+        """Create an allocator for a global adapter.
 
         Args:
             config: Settings. If ``total`` is given, the adapter must have the ranks of the config.
@@ -130,7 +131,8 @@ class LegendAllocator:
             capability: Largest depth of the device.
 
         Returns:
-            Plan of the layers to train, with their ranks; it has no layers if the device rests.
+            Plan of the layers to train, with their ranks; it has no layers if the device is paused
+            after timeouts.
 
         Raises:
             ValueError: As for :meth:`plan_round`.
@@ -138,14 +140,12 @@ class LegendAllocator:
         return self.plan_round(round, {client: capability}).get(client, LayerPlan(()))
 
     def plan_round(self, round: int, clients: Mapping[Client, int]) -> dict[Client, LayerPlan]:
-        """Return the plans of a round.
+        """Return the plans of a round by client; a client that is paused after timeouts has no
+        plan.
 
         Args:
             round: Number of the round, from 1.
             clients: Largest depth of each selected client.
-
-        Returns:
-            Plans by client; clients that rest have no plan.
 
         Raises:
             ValueError: If ``warmup`` is "prior" and a client has no speeds; if the largest depth or
@@ -154,7 +154,7 @@ class LegendAllocator:
         """
         tracker, config = self.tracker, self.config
         awake = {c: limit for c, limit in clients.items() if not tracker.rests(c, round)}
-        new: list[Client] = []  # a list, so that the saved state keeps their order
+        new: list[Client] = []  # not a set: the saved state depends on the order
         for c in awake:
             if config.warmup == "prior":
                 require(c in tracker, WHERE, "prior", f"the speeds of device {c!r}", "none")
@@ -214,7 +214,7 @@ class LegendAllocator:
         self._depths.pop(client, None)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the state that a restarted server needs, in a form that JSON can store."""
+        """Return the state that a restarted server needs, as a dictionary that JSON can store."""
         return {
             "tracker": self.tracker.state_dict(),
             "depths": [list(entry) for entry in self._depths.items()],
@@ -222,10 +222,10 @@ class LegendAllocator:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Restore a state returned by :meth:`state_dict`, including one read from JSON.
+        """Load a state returned by :meth:`state_dict`, possibly stored as JSON in between.
 
         Raises:
-            KeyError, TypeError: If the state has another form. Then nothing is changed.
+            KeyError, TypeError: If the state has the wrong form. Nothing is changed in this case.
         """
         depths, probes = dict(state["depths"]), Counter(dict(state["probes"]))
         self.tracker.load_state_dict(state["tracker"])
@@ -259,7 +259,7 @@ class LegendAllocator:
         return LayerPlan(layers, tuple(ranks[layer] for layer in layers))
 
     def _reach(self, plan: LayerPlan) -> int:
-        """Return the number of layers that the backward passes through, from the output to the
-        lowest planned layer. If the last k layers are planned, it is k."""
-        require(bool(plan.layers), WHERE, "plan", "at least one layer", "none: the device rests")
+        """Return the number of layers that the backward pass runs through, from the output to the
+        lowest planned layer."""
+        require(bool(plan.layers), WHERE, "plan", "at least one layer", "none: device is paused")
         return self.L - plan.layers[0]

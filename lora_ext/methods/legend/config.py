@@ -19,25 +19,25 @@ class LegendConfig:
     """Settings of LEGEND: the ranks of the layers, the choice of depths, and the estimation of the
     devices' speeds.
 
-    The depth k of a device is the number of layers that it trains. Its training time is estimated
-    as ``f + k mu`` seconds.
+    The depth k of a device is the number of layers that the device trains. The training time is
+    estimated as ``f + k mu`` seconds.
 
     Attributes:
         total: Sum of the ranks of all layers; None keeps the ranks of the global adapter.
         step, shape, r_min, r_max, multiple: As in :func:`rank_distribution`; step is lambda.
         mode, k_min, k_max, max_step, cover_every, byte_budget, deadline, eps: As in
             :class:`LegendConfigurator`.
-        every: Number of rounds after which depths are chosen again.
+        every: Interval in rounds between two choices of the depths.
         rho, forgetting: As in :class:`CapacityTracker`.
-        cooldown: Number of rounds in which a device is not selected after three consecutive
+        cooldown: Number of rounds for which a device is not selected after three consecutive
             timeouts.
-        warmup: Source of the first estimates. "probe": each device trains all layers in its first
-            round, and half of them in its second; "prior": the caller passes the speeds.
+        warmup: Source of the first estimates. "probe": the device's reports on its first two
+            rounds, in which it trains all layers and half of them; "prior": the caller.
         explore_every: Number of consecutive reports of equal depth after which a device trains one
             more layer for one round, since reports of only one depth cannot separate f from mu.
         send_frozen: Whether a device also receives, and applies, the layers that it does not train.
-        depth_as_count: Whether a function of the caller chooses which k layers a device trains. If
-            False, a device trains the last k layers.
+        depth_as_count: Whether a function passed by the caller chooses the k layers that a device
+            trains. If False, a device trains the last k layers.
 
     Raises:
         ValueError: If a field is out of range. Limits that depend on the number of layers are

@@ -1,4 +1,4 @@
-"""Choice of each device's depth (the number of last layers that it trains) by pure functions."""
+"""Choice of each device's depth, that is, of the number of last layers that the device trains."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ from ._capacity import Estimate, check_estimate, waiting_time
 Mode = Literal["fastest", "utility", "balanced"]
 WHERE = "LegendConfigurator"
 
-#: Bounds of settings, which :class:`LegendConfig` has as well.
+#: Bounds of settings that are also fields of :class:`LegendConfig`.
 BOUNDS = {
     **dict.fromkeys(("max_step", "cover_every"), within(1)),
     "byte_budget": within(above=0),
     "deadline": within(above=0),
     "eps": within(0),
 }
-#: Relative difference below which two times count as equal. Estimates of equally fast devices
-#: differ by the rounding of their reports, but these devices must get equal depths.
+#: Relative difference below which two times count as equal. Rounding makes the estimates of equally
+#: fast devices differ, but such devices must get equal depths.
 _TIME_TOLERANCE = 1e-9
 
 _log = logging.getLogger(__name__)
@@ -43,9 +43,10 @@ class Configuration(dict[Client, LayerPlan]):
         times: Predicted duration of the round in seconds, by device.
         target: tau, duration in seconds for which the depths were chosen.
         seconds: Largest value of ``times``.
-        waiting: W, mean time in seconds that devices wait for the slowest one.
+        waiting: W, mean time in seconds that devices wait for the slowest device.
         over_target: Devices that need longer than tau even at depth ``k_min``.
-        raised: Device whose depth was increased so that all layers are trained, or None.
+        raised: Device whose depth was increased to the largest possible by step 4 of
+            :class:`LegendConfigurator`, or None.
         extra_wait: Seconds that the increase of this depth added to W.
         uncovered: Layers that no device trains.
         bytes: Bytes of the planned layers of all devices, in one direction.
@@ -65,28 +66,29 @@ class Configuration(dict[Client, LayerPlan]):
 
 @dataclass(eq=False, repr=False)
 class LegendConfigurator:
-    """Choice of a depth for each device such that the devices of a round finish together.
+    """Object that chooses a depth for each device such that all devices of a round finish together.
 
     A device of depth k trains the last k of L layers. The predicted time of device i is
-    ``T_i(k) = f + k mu + beta U(k)`` with its speeds f, mu and beta (:class:`Estimate`) and the
-    bytes ``U(k)`` of these layers. ``kmax_i`` is the largest depth that fits its memory.
+    ``T_i(k) = f + k mu + beta U(k)``, with f, mu and beta of the device (see :class:`Estimate`) and
+    the bytes ``U(k)`` of these layers. ``kmax_i`` is the largest depth that the device's memory and
+    the limits allow.
 
     1. The target time tau is chosen. "fastest": ``min_i T_i(kmax_i)``, the shortest time in which a
        device trains its largest depth. "balanced": the larger of this time and
        ``max_i T_i(k_min)``, so that no device is late. "utility": the smallest ``T_i(k)`` that
        minimizes ``max_i T_i(k_i) / sum_i p_i R(k_i)``, where ``R(k)`` is the sum of the ranks of
        the last k layers.
-    2. ``k_i`` is the largest depth with ``T_i(k) <= tau``. If there is none, it is the largest
-       depth that takes no longer than ``k_min``.
+    2. ``k_i`` is the largest depth with ``T_i(k) <= tau``. If there is none, ``k_i`` is the largest
+       depth that takes no longer than depth ``k_min``.
     3. No depth changes by more than ``max_step`` from one round to the next.
     4. Every ``cover_every`` rounds, one device trains all layers or, if no device can, the largest
        possible number of layers.
     5. While the layers to send have more than ``byte_budget`` bytes in total, the depth of the
        device with the most bytes per share of the data is lowered by one.
 
-    **Our choice**: steps 4 and 5 follow step 3 and may exceed ``max_step``, since they cannot be
-    deferred. Devices that are not trusted (see :class:`Estimate`) get ``k_min`` and do not affect
-    tau, unless no device is trusted.
+    **Our choice**: steps 4 and 5 may change a depth by more than ``max_step``, since they cannot be
+    spread over several rounds. Devices that are not trusted (see :class:`Estimate`) get ``k_min``
+    and do not affect tau, unless no device is trusted.
 
     Args:
         L: Number of layers.
@@ -100,19 +102,20 @@ class LegendConfigurator:
         memory: Bytes of memory by device; a device without an entry has no bound.
         mem: Function ``mem(k)``, the bytes that depth k needs, non-decreasing in k.
         shares: p, share of the data by device; by default, all shares are equal.
-        byte_budget: Upper bound of the bytes of all devices' layers per round, in one direction.
+        byte_budget: Upper bound of the bytes that all devices send per round, in one direction.
         max_step: Largest change of a depth per round.
-        cover_every: Number of rounds after which one device trains all layers.
-        eps: Tolerance: the depths of the previous round are kept while the mean waiting time is
+        cover_every: Interval in rounds at which one device trains all layers, see step 4.
+        eps: Tolerance: the depths of the previous round are kept if their mean waiting time is
             below ``eps`` times the duration of the round.
-        rank_caps: Largest rank by device; the server then averages each rank separately.
+        rank_caps: Largest rank by device. With rank caps, the server must average each rank
+            separately.
 
     Raises:
         ValueError: If a setting is out of range.
         TypeError: If a depth or rank is not an int.
 
-    Source: LEGEND (arXiv 2412.20004). Only its abstract was available: the algorithm is our choice,
-    with the inputs and the aim of the paper.
+    Source: LEGEND (arXiv 2412.20004). Only its abstract was available. The inputs and the aim are
+    those of the paper; the algorithm is our choice.
     """
 
     L: int
@@ -157,8 +160,8 @@ class LegendConfigurator:
         self.shares = None if self.shares is None else dict(self.shares)
 
     def plan(self, device: Client, depth: int) -> LayerPlan:
-        """Return the plan of ``device`` for the last ``depth`` layers, 1 to L, with the ranks that
-        it uses."""
+        """Return the plan of ``device`` for the last ``depth`` layers, from 1 to L, with the
+        device's ranks."""
         layers = tuple(range(self.L - depth, self.L))
         return LayerPlan(layers, tuple(self.ranks_of(device)[self.L - depth :]))
 
@@ -166,7 +169,7 @@ class LegendConfigurator:
         """Return the largest depth that ``limit``, ``k_max`` and the memory of a device allow.
 
         Raises:
-            ValueError: If they do not allow ``k_min``.
+            ValueError: If these limits do not allow ``k_min``.
         """
         where = f"{WHERE}.configure"
         most = min(self.k_max or self.L, limit)
@@ -197,10 +200,9 @@ class LegendConfigurator:
         Args:
             estimates: Estimates by device; devices that are not selected may have one too.
             selected: Devices of the round; their order has no effect.
-            previous: Plans or depths of the previous round by device. The depth of a device without
-                an entry, for example after a fault, may change by any amount. With None, this
-                applies to all devices.
-            round: Number of the round. With None, ``cover_every`` is not applied.
+            previous: Plans or depths of the previous round by device. ``max_step`` does not apply
+                to a device without an entry, for example after a fault. None means no entries.
+            round: Number of the round. If None, ``cover_every`` does not apply.
             limits: Largest depth by device, for reasons other than memory.
 
         Returns:
@@ -222,7 +224,7 @@ class LegendConfigurator:
             raised = self._cover(devices, depths, previous or {})
         extra_wait = waiting_time(_times(devices, depths)) - wait_before
         if raised is not None:
-            _log.info("%s: depth of %r raised, W increased by %.3g s", WHERE, raised, extra_wait)
+            _log.info("%s: depth of %r raised, mean wait + %.3g s", WHERE, raised, extra_wait)
         if self.byte_budget is not None:
             self._fit_byte_budget(devices, depths, self.byte_budget)
         pairs = [(device.name, k) for device, k in zip(devices, depths, strict=True)]
@@ -292,8 +294,8 @@ class LegendConfigurator:
     def _limit_steps(
         self, devices: list[_Device], depths: list[int], previous: Mapping[Client, LayerPlan | int]
     ) -> list[int]:
-        """Return the depths, each limited to a change of ``max_step`` from the previous round. If
-        the waiting time of the previous depths is within the tolerance ``eps``, return those."""
+        """Limit the change of each depth since the previous round to ``max_step``. If the waiting
+        time of the previous depths is within the tolerance ``eps``, return the previous depths."""
         before = [_depth(previous.get(d.name, k)) for d, k in zip(devices, depths, strict=True)]
         pairs = [*zip(devices, before, strict=True)]
         if all(d.name in previous and self.k_min <= k <= d.deepest(math.inf) for d, k in pairs):
@@ -312,8 +314,8 @@ class LegendConfigurator:
         """Increase the depth of one device to the largest possible, and return the device's name.
         If a device has this depth already, return None.
 
-        Of the devices that can train the most layers, those within ``max_step`` of that depth are
-        preferred, and of these the fastest.
+        The device is the fastest of those that can train this many layers. Devices whose previous
+        depth is within ``max_step`` of the largest one are preferred.
         """
         trusted = [device for device in devices if device.estimate.trusted]
         deepest = max((device.k_max for device in trusted), default=0)
@@ -357,11 +359,12 @@ class _Device(NamedTuple):
         return f + depth * mu + beta * self.bytes_of[depth]
 
     def deepest(self, target: float) -> int:
-        """Return the largest depth within the target, or ``k_min`` if the device is not trusted."""
+        """Return the depth for the time ``target`` by step 2 of :class:`LegendConfigurator`, or
+        ``k_min`` if the device is not trusted."""
         if not self.estimate.trusted:
             return self.k_min
         depths = range(self.k_min, self.k_max + 1)
-        # T(k_min) is always allowed, and so are larger depths that take no longer than the limit.
+        # If T(k_min) exceeds the target, larger depths that take no longer than T(k_min) are used.
         slack = max(target, self.time(self.k_min)) * (1 + _TIME_TOLERANCE)
         return self.k_min - 1 + bisect.bisect_right(depths, slack, key=self.time)
 

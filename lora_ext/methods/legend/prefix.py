@@ -1,4 +1,4 @@
-"""Cache of the activations that enter the trained layers, kept between epochs and rounds."""
+"""Cache of the inputs of the trained layers, which is kept between epochs and rounds."""
 
 from __future__ import annotations
 
@@ -21,29 +21,30 @@ WHERE = "PrefixCache"
 class PrefixCache:
     """Cache of each sample's activations after the blocks below the trained layers.
 
-    A device that trains the last k of L layers runs only the base model in the blocks below them.
-    The activations after these blocks therefore depend only on the sample. They are computed once;
-    later epochs and rounds start from them. A step costs about ``L + 2k`` block forwards, of which
-    the cache saves ``L - k``. If k decreases, the cache is still used, and the blocks in between
-    run again; if k increases, the cached activations are from too high a block and are dropped.
+    A device that trains the last k of L layers runs only the base model in the first L - k blocks.
+    The activations after these blocks therefore depend only on the sample. These activations are
+    computed once, and later epochs and rounds start from them. A training step costs about as much
+    as ``L + 2k`` forwards of a block, of which the cache saves ``L - k``. If k decreases, the cache
+    is still used, and the blocks between the cached activations and the trained layers run again.
+    If k increases, the cached activations are of no use and are dropped.
 
         manager.apply(plan, others="disabled")
         with manager.boundary(), cache.batch(samples):
             loss = loss_of(model(x), y)
 
-    Updates are bitwise equal to those without the cache if a sample is always in the same batch.
-    Otherwise they differ by rounding, since matrix products may round differently in another batch.
+    If a sample is always in the same batch, updates are bitwise equal to those without the cache.
+    Otherwise updates differ by rounding, since matrix products may round differently in other
+    batches.
 
     Args:
-        manager: Manager of the model. A plan must have been applied to the model, by this or
-            another manager.
+        manager: Manager of a model to which a plan has been applied, by this or another manager.
         dtype: Dtype of the cached activations; None keeps the dtype of the model's activations,
             which is exact. bfloat16 needs half the memory of float32.
         device: Device of the cached activations; None keeps the device of the model's activations.
 
     Attributes:
         hits: Number of batches that used the cache.
-        misses: Number of batches that did not use the cache.
+        misses: Number of batches whose activations were computed and cached.
 
     Source: LEGEND (arXiv 2412.20004) trains a suffix of the layers; this cache is our choice.
     """
@@ -68,7 +69,7 @@ class PrefixCache:
         return sum(row.numel() * row.element_size() for row in self._rows.values())
 
     def clear(self) -> None:
-        """Drop all activations, for example after a change of the samples or of the base model."""
+        """Drop all activations; required after a change of the samples or of the base model."""
         self._rows.clear()
 
     @contextlib.contextmanager
@@ -81,9 +82,9 @@ class PrefixCache:
 
         Raises:
             ValueError: If a module outside the trained blocks has dropout or batch normalisation
-                and is in training mode, or an adapter below them is on; if the number of rows
-                differs from the number of names; if a block returns more than its hidden state; or
-                if the length of a sample's sequence has changed since it was cached.
+                and is in training mode; if an adapter below the trained blocks is active; if the
+                number of rows differs from the number of names; if a block returns more than its
+                hidden state; or if a cached sample now has another sequence length.
         """
         names = list(samples)
         lowest = self._lowest()
@@ -117,7 +118,7 @@ class PrefixCache:
                 yield
 
     def _lowest(self) -> int:
-        """Return the number of blocks below the lowest one that trains."""
+        """Return the number of blocks below the lowest block with a trained adapter."""
         manager = self.manager
         trained = [
             f"{name}."
@@ -160,8 +161,8 @@ class PrefixCache:
 
 
 def _randomness(module: nn.Module) -> str:
-    """Return the reason why a row of a module's output does not depend only on its sample in
-    training mode, or "" if it depends only on its sample."""
+    """Return what makes a row of a module's output depend on more than its sample in training mode,
+    such as "p = 0.1", or "" if nothing does."""
     if isinstance(module, nn.modules.batchnorm._BatchNorm):
         return "batch normalisation"
     drops = {"p": module.p} if isinstance(module, nn.modules.dropout._DropoutNd) else {}
@@ -171,8 +172,8 @@ def _randomness(module: nn.Module) -> str:
 
 
 class _Skipped(nn.Module):
-    """Replacement of a block that is skipped. The replacement of the last such block returns the
-    cached rows of the batch; the others return their input."""
+    """Replacement of a block that is skipped. The replacement of the last skipped block returns the
+    cached rows of the batch; all other replacements return their input."""
 
     def __init__(self, in_tuple: bool, rows: Tensor | None = None):
         super().__init__()

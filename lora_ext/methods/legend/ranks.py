@@ -1,4 +1,4 @@
-"""Distribution of a total rank over the layers, bytes of the layers, and change of their ranks."""
+"""Distribution of a total rank over the layers, sizes of layers in bytes, and changes of ranks."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def rank_distribution(
     ``total``.
 
     Layer 0 is at the input. The ranks are rounded to integers by the largest remainder method; of
-    equal remainders, those nearer to the output are rounded up first. Then the ranks are clipped to
+    equal remainders, those nearer to the output are rounded up first. The ranks are then clipped to
     ``[r_min, r_max]``, and the sum is restored by changing ranks near the output first. The ranks
     stay in ascending order.
 
@@ -44,12 +44,12 @@ def rank_distribution(
         step: lambda, the increase of the rank from one layer to the next.
         r_min: Lower bound of every rank.
         r_max: Upper bound of every rank; None means no bound.
-        multiple: Number that divides every rank; 8 suits the pages of the kernels. The sum
-            is then the possible sum nearest to ``total``, within ``multiple * L / 2`` of it, and is
+        multiple: Number that divides every rank; adapter pools store ranks in pages of 8. The sum
+            is the possible sum nearest to ``total``, within ``multiple * L / 2`` of it, and is
             logged if it differs.
-        shape: "arithmetic", the formula above; "uniform", with step 0; "reverse", "arithmetic" with
-            the layers in reverse order; "geometric", a geometric sequence in which the last layer
-            has ``ratio`` times the rank of the first.
+        shape: "arithmetic", the formula above; "uniform", the formula with step 0; "reverse", the
+            formula with the layers in reverse order; "geometric", a geometric sequence in which the
+            last layer has ``ratio`` times the rank of the first.
         ratio: Rank of the last layer over that of the first, for "geometric".
 
     Returns:
@@ -108,11 +108,11 @@ def layer_bytes(
 ) -> tuple[int, ...]:
     """Return the number of bytes of every layer's factors, for one direction of the transfer.
 
-    A layer has ``itemsize * r_l * sum of (I + O)`` bytes, with the sum over its modules, which have
-    I inputs and O outputs.
+    Layer l has ``itemsize * r_l * sum of (I + O)`` bytes. The sum is over the layer's modules, with
+    I inputs and O outputs each.
 
     Args:
-        state: Global adapter; its ranks are not used.
+        state: Tensors of the global adapter; their ranks are not used.
         ranks: Rank of each layer.
         pattern: Regular expression for the layer's index in a name.
 
@@ -134,8 +134,8 @@ def layer_bytes(
 
 
 def _rounded(values: Sequence[float], total: int) -> list[int]:
-    """Round ascending values to ascending integers with the sum ``total``, or as near to it as
-    rounding up or down allows."""
+    """Round ascending values up or down to ascending integers with a sum as near to ``total`` as
+    possible."""
     # Remainders that differ only by rounding errors must count as equal.
     found = [math.floor(value + 1e-9) for value in values]
     rest = [round(value - whole, 9) for value, whole in zip(values, found, strict=True)]
@@ -146,7 +146,7 @@ def _rounded(values: Sequence[float], total: int) -> list[int]:
 
 
 def _clipped(ranks: list[int], total: int, low: int, high: int | None) -> list[int]:
-    """Return ascending ranks within the bounds, with the sum ``total``."""
+    """Clip ascending ranks to the bounds, then change them until their sum is ``total``."""
     top = math.inf if high is None else high
     ranks = [int(min(max(rank, low), top)) for rank in ranks]
     last = len(ranks) - 1
@@ -168,8 +168,7 @@ def resize_lora(
     For a larger rank, random rows are added to A and zero columns to B, so that ``B A`` is
     unchanged. For a smaller rank, the largest singular values of ``B A`` are kept, and the square
     root of each is multiplied into both factors. If a singular value is zero, its row of A is
-    random as well, so that training can use every rank. The scale does not depend on the rank and
-    is not changed.
+    random as well, so that training can use every rank. The adapter's scale must stay the same.
 
     Args:
         a: Factor A, ``(r, I)``.
@@ -185,8 +184,8 @@ def resize_lora(
         ValueError: If the shapes do not match, a factor is not a matrix or not finite, or the new
             rank is below 0.
 
-    Source: LEGEND (the method is our choice); :func:`lora_ext.adapter.resize_adapter` for a whole
-    adapter.
+    Source: LEGEND (the method is our choice). For a whole adapter, use
+    :func:`lora_ext.adapter.resize_adapter`.
     """
     where = "resize_lora"
     for name, factor in (("a", a), ("b", b)):

@@ -1,7 +1,7 @@
-"""Learning rates: transfer to another width, and a larger learning rate for the factor B.
+"""Learning rates: transfer to another width n, and a larger learning rate for the factor B.
 
-The growth of a feature v with the width n is described by an exponent: ``gamma[v] = g`` if v is of
-order ``n^g``.
+``gamma[v]`` is the exponent of the growth of a value v with the width: v is of order
+``n ** gamma[v]``.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from lora_ext.layers import known_scheme
 _POWERS = {"init_a": 0.5, "init_a_normal": 0.5, "init_b": 1.0, "init_b_normal": 1.0}
 _RANK_RULES = ("none", "inverse")
 _ZERO = -math.inf  # gamma of the value 0
-#: gamma of Z_A = A x and gamma of B before the first step.
+#: ``gamma[A x]`` and ``gamma[B]`` before the first step, by scheme.
 _INITIAL_EXPONENTS = {
     **dict.fromkeys(("init_a", "init_a_normal"), (0.0, _ZERO)),
     "gaussian": (0.5, _ZERO),  # The variance of A does not depend on n.
@@ -37,28 +37,28 @@ def loraplus_param_groups(
     weight_decay: float = 0.0,
     lr_embedding: float = 1e-6,
 ) -> list[dict[str, Any]]:
-    """Return the parameter groups of LoRA+ for a torch optimizer, divided as in PEFT's
+    """Return the parameter groups of LoRA+ for a torch optimizer, as in PEFT's
     ``create_loraplus_optimizer``.
 
-    According to the theory, B needs the larger rate even if its initial values are random
-    ("init_b"), since the updates of B become smaller with the width.
+    According to the theory, B needs a larger learning rate than A even if the initial values of B
+    are random ("init_b"), since the updates of B become smaller with the width.
 
     Args:
         model: Model with layers of :mod:`lora_ext.nn` or PEFT. Frozen parameters are ignored.
         lr: eta_A, learning rate of A and of all parameters that are in no other group.
         loraplus_lr_ratio: lambda, eta_B over eta_A. The example of the LoRA+ authors uses 20; for
-            harder tasks they increase it and halve ``lr``.
+            harder tasks, the authors increase the ratio and halve ``lr``.
         weight_decay: Weight decay of matrices and magnitudes; biases and layer norms get 0.
         lr_embedding: Learning rate of both factors of adapted embeddings.
 
     Returns:
-        Four groups, each with ``params``, ``lr`` and ``weight_decay``. They contain, in order: A
-        and other matrices; factors of embeddings; B and vectors; biases and layer norms, without
-        decay. A group may be empty. Every parameter that trains is in exactly one group.
+        Four groups, each with ``params``, ``lr`` and ``weight_decay``. The groups contain, in
+        order: A and other matrices; factors of embeddings; B and vectors; biases and layer norms,
+        without decay. A group may be empty. Every trainable parameter is in exactly one group.
 
     Raises:
-        ValueError: If no parameter of the model trains; if a learning rate or the ratio is not
-            positive and finite; if the weight decay is negative.
+        ValueError: If no parameter of the model is trainable; if a learning rate or the ratio is
+            not positive and finite; if the weight decay is negative.
 
     Warns:
         UserWarning: If the ratio is below 1.
@@ -107,10 +107,10 @@ def suggest_lr(
 ) -> float | tuple[float, float]:
     """Return the learning rate for width n, given one that was tuned at width n0.
 
-    If A and B have the same learning rate, it is ``base_lr (n0 / n) ** 0.5`` for random initial
-    values of A, and ``base_lr n0 / n`` for random initial values of B. With LoRA+ and any scheme,
-    the learning rate of A is proportional to ``n0 / n``, and that of B does not depend on the
-    width.
+    If A and B have the same learning rate, the result is ``base_lr (n0 / n) ** 0.5`` for random
+    initial values of A, and ``base_lr n0 / n`` for random initial values of B. With LoRA+ and any
+    scheme, the learning rate of A is proportional to ``n0 / n``, and that of B does not depend on
+    the width.
 
     Args:
         base_lr: Learning rate that was tuned at ``base_width``; with LoRA+, that of A.
@@ -123,7 +123,7 @@ def suggest_lr(
             returned.
         rank: Rank of the adapter to train; used only by ``rank_rule``.
         base_rank: Rank for which ``base_lr`` was tuned; used only by ``rank_rule``.
-        rank_rule: "none": the learning rate does not depend on the rank; "inverse": it is
+        rank_rule: "none": the learning rate does not depend on the rank; "inverse": the rate is
             multiplied by ``base_rank / rank``. The correct rule depends on scheme and scaling.
 
     Returns:
@@ -160,7 +160,7 @@ def suggest_lr(
 
 
 def _check_ratio(where: str, name: str, value: float) -> None:
-    """Raise unless a ratio is finite and above 0; warn if it is below 1."""
+    """Raise ValueError unless a ratio is finite and above 0; warn if it is below 1."""
     number(where, name, value, above=0)
     if value < 1:
         expected = "at least 1, so that B learns as fast as A or faster"
@@ -174,7 +174,7 @@ def gamma_exponents(
 
     ``gamma[v]`` is the exponent g if v is of order ``n^g``. For the input x, ``Z_A = A x`` and
     ``Z_B = B A x``. The entries of Adam's update directions are of order one. For the direction g_A
-    of A, ``gamma[g_A x] = 1``: its signs are the signs of x, so that n terms add up. Therefore:
+    of A, ``gamma[g_A x] = 1``, since g_A has the signs of x, so that n terms add up. Therefore:
 
         gamma[Z_A^t] = max(gamma[Z_A^(t-1)], gamma[eta_A] + 1)
         gamma[B_t]   = max(gamma[B_(t-1)],   gamma[eta_B])

@@ -1,5 +1,5 @@
-"""Forward of a model with MoD: the mixture replaces the last hidden state of the model's own
-forward."""
+"""Forward of a model with MoD (mixture-of-depths ensembles), and the hooks that mix its last
+layers."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from .layers import DepthMixer
 
 
 class Call:
-    """State of one forward of one model; it is discarded after the forward."""
+    """State of one forward of a model with MoD; it is discarded after the forward."""
 
     def __init__(self, mixer: DepthMixer, replace: bool):
         self.mixer = mixer
@@ -31,7 +31,7 @@ class Call:
         self.grad = torch.is_grad_enabled()
 
 
-#: Call that is running in this thread. The hooks store hidden states in it.
+#: State of the forward that runs in this thread, or None. The hooks store hidden states in it.
 _running: ContextVar[Call | None] = ContextVar("lora_ext.mod_call", default=None)
 
 
@@ -41,16 +41,16 @@ def _call_of(mixer: DepthMixer) -> Call | None:
 
 
 class Capture:
-    """Forward hook of a block that stores its output as hidden state ``place`` of the ensemble."""
+    """Forward hook that stores a block's output as hidden state ``place`` of the ensemble."""
 
     def __init__(self, mixer: DepthMixer, place: int):
         self.mixer, self.place = mixer, place
 
     def __call__(self, block: nn.Module, args: Any, output: Any) -> None:
-        """Store the block's output.
+        """Store the block's output if a forward of the model is running.
 
-        Outside a forward of the model, for example if a checkpoint recomputes the block, do
-        nothing. Raise RuntimeError inside a reentrant checkpoint, because the stored output would
+        Nothing is stored if a checkpoint recomputes the block in the backward pass. Raise
+        RuntimeError inside a reentrant checkpoint, because outputs of blocks in such a checkpoint
         have no gradient.
         """
         call = _call_of(self.mixer)
@@ -72,8 +72,8 @@ class Mix:
         self.mixer = mixer
 
     def __call__(self, decoder: nn.Module, args: Any, output: Any) -> Any:
-        """Mix the hidden states of this forward, and replace the last one with the mixture if
-        ``Call.replace`` is True. Otherwise compute only the weights."""
+        """Replace the decoder's last hidden state with the mixture if ``Call.replace`` is True;
+        otherwise compute only the weights of the layers."""
         call = _call_of(self.mixer)
         if call is None:
             return None
@@ -117,8 +117,8 @@ class Ensemble:
 
         Args:
             lm: the model.
-            forward: its forward without MoD.
-            given: arguments of the call by name.
+            forward: the model's own forward, without MoD.
+            given: keyword arguments of the call.
 
         Returns:
             a :class:`ModOutput`, or a tuple if ``return_dict`` is False.
@@ -140,8 +140,8 @@ class Ensemble:
             own |= {"logits_to_keep": 1} if "logits_to_keep" in named else {}
         call = Call(self.mixer, replace=self.config.k > 1 and not self.explicit)
         unknown = self.head is None and self.config.k > 1
-        # The head is determined by comparing two runs of it on the same hidden states; dropout
-        # would make them differ.
+        # measured_head computes the logits a second time from the same hidden states, and compares
+        # both results. Dropout would make the results differ.
         with still(lm.get_output_embeddings()) if unknown else nullcontext():
             token = _running.set(call)
             try:
@@ -169,7 +169,7 @@ class Ensemble:
         return result if as_dict else result.to_tuple()
 
     def _terms(self, lm: Any, given: dict[str, Any], call: Call, loss: Tensor) -> dict[str, Any]:
-        """Return the loss and its terms, by their names in the output."""
+        """Return the loss and its terms by their field names in :class:`ModOutput`."""
         config, zero = self.config, torch.zeros_like(loss)
         targets = Targets.of(config, given, call.weights.shape[:-1], loss.device)
         ce = torch.where(targets.counted.any(), loss, zero)  # a mean over no labels is NaN
@@ -191,7 +191,8 @@ class Ensemble:
         return terms
 
     def _layers(self, lm: Any, given: dict[str, Any], call: Call) -> Layers:
-        """Return the head and each layer's normed hidden states at the kept positions."""
+        """Return the head and each layer's normed hidden states at the positions that
+        ``logits_to_keep`` keeps."""
         head = self.head or Head(self.softcap)  # an empty batch does not determine the head
         weight, bias = head.parameters(lm)
         keep = given.get("logits_to_keep", 0)
@@ -200,10 +201,10 @@ class Ensemble:
 
 
 def with_mixture(lm: Any, own: Callable[..., Any], given: dict[str, Any]) -> Any:
-    """Run the forward of a causal LM with MoD.
+    """Run the forward of a causal LM with MoD, or the forward ``own`` of a model without MoD.
 
-    After ``mod.remove``, run the model's own forward, because a caller may have kept a reference to
-    the forward with MoD.
+    A model has no MoD if ``mod.remove`` was called after a caller stored a reference to its
+    forward.
     """
     ensemble: Ensemble | None = lm.__dict__.get(Ensemble.KEY)
     return own(**given) if ensemble is None else ensemble.run(lm, own, given)

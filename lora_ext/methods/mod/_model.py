@@ -1,4 +1,4 @@
-"""``apply`` and ``remove``: add mixture-of-depths ensembles (MoD) to a causal LM and remove them.
+"""``apply`` and ``remove``, which add and remove a mixture-of-depths ensemble (MoD) of a causal LM.
 
 The model is changed in place.
 """
@@ -22,18 +22,19 @@ from .layers import DepthMixer
 Model = TypeVar("Model", bound=nn.Module)
 
 NAME = "mod"  # name of the mixer as a child of the causal LM
-_LFM2 = "embedding_norm"  # LFM2's final norm, in spite of its name
-_IGNORED = "keys_to_ignore_at_inference"  # the list of outputs that a Trainer does not gather
+_LFM2 = "embedding_norm"  # in LFM2, this is the final norm and not a norm of embeddings
+_IGNORED = "keys_to_ignore_at_inference"  # list of the outputs that a Trainer does not gather
 
 
 @dataclass(eq=False)
 class Before:
-    """State that :func:`remove` restores; stored next to the ensemble and copied with the model."""
+    """State of a model before MoD, which :func:`remove` restores; a copy of the model has its
+    own."""
 
     norm: nn.Module  # the model's final norm
     hooks: list[Any]
     flags: list[bool]  # requires_grad of the norm's parameters
-    values: list[Tensor]  # copies of the same parameters if MoD trains them, otherwise empty
+    values: list[Tensor]  # copies of the norm's parameters if MoD trains them, otherwise empty
     ignored: list[str] | None  # list of ignored outputs that the model's configuration contained
 
 
@@ -43,15 +44,15 @@ _BEFORE = f"{Ensemble.KEY}_before"
 def apply(model: Model, config: ModConfig | None = None) -> Model:
     """Make the last k layers of a causal LM predict as an ensemble, in place.
 
-    Afterwards ``model(...)`` returns a :class:`ModOutput` with the logits of the mixture, and
-    ``generate`` and a Trainer use them. With labels, the loss includes the distillation term. All
-    other output fields are those of the model itself, including its hidden states.
+    Afterwards ``model(...)`` returns a :class:`ModOutput` with the logits of the mixture.
+    ``generate`` and a Trainer use these logits. With labels, the loss includes the distillation
+    term. All other output fields, such as the hidden states, are those of the model itself.
 
     New parameters are named ``mod.*`` and are trained; a copied final norm is trained only with
     ``train_final_norm``. The model's own parameters keep ``requires_grad``, except those of the
     final norm: they are trained only if ``share_final_norm`` and ``train_final_norm`` are both set.
-    If the model also gets adapters of PEFT, apply MoD after PEFT, which freezes all existing
-    parameters.
+    If the model also gets PEFT adapters, add the adapters before MoD, because PEFT freezes all
+    existing parameters.
 
     Args:
         model: transformers causal LM: plain, a PEFT model (before or after
@@ -65,8 +66,8 @@ def apply(model: Model, config: ModConfig | None = None) -> Model:
         RuntimeError: If the model has MoD already: call :func:`remove` first.
         TypeError: If ``config`` is not a ModConfig, or the final norm computes neither RMSNorm nor
             LayerNorm.
-        ValueError: If the model is not a causal LM, has fewer layers than k, or has another
-            attribute ``mod``.
+        ValueError: If the model is not a causal LM, has fewer layers than k, or has an attribute
+            ``mod`` that is not MoD.
         InexactMixError: If ``backend="hidden"`` and the head soft-caps its logits.
         NotImplementedError: If the model has an encoder in addition to the decoder, or a projection
             between the final norm and the head.
@@ -104,7 +105,7 @@ def apply(model: Model, config: ModConfig | None = None) -> Model:
     require(head == width, where, "model", expected, found, NotImplementedError)
     copies = [_copy(norm) for _ in range(config.k - config.share_final_norm)]
     mixer = DepthMixer([*copies, norm] if config.share_final_norm else copies, config)
-    mixer.requires_grad_(True).train(lm.training)  # A shared norm is not a child of it.
+    mixer.requires_grad_(True).train(lm.training)  # a shared norm is not a child of the mixer
     flags = [p.requires_grad for p in norm.parameters()]
     trained = config.share_final_norm and config.train_final_norm
     values = [p.detach().clone() for p in norm.parameters()] if trained else []
@@ -119,16 +120,16 @@ def apply(model: Model, config: ModConfig | None = None) -> Model:
     lm.__dict__[_BEFORE] = Before(norm, hooks, flags, values, ignored)
     lm.__dict__[Ensemble.KEY] = Ensemble(config, mixer, softcap)
     Forward.put_before(lm, with_mixture)
-    # A Trainer must not gather MoD's outputs as predictions. The list of a configuration replaces
-    # the Trainer's default list, so it must contain the names of that list, too.
+    # A Trainer must not gather MoD's outputs as predictions. A list in the configuration replaces
+    # the Trainer's default list, so the new list also contains the default names.
     known = getattr(lm.config, _IGNORED, ["cache", "past_key_values"])
     setattr(lm.config, _IGNORED, [*known, *ADDED])
     return model
 
 
 def remove(model: Model) -> Model:
-    """Undo :func:`apply`: remove its hooks and modules, and restore the final norm's parameters and
-    their ``requires_grad``.
+    """Undo :func:`apply`: remove the hooks and modules of MoD, and restore the final norm's
+    parameters and their ``requires_grad``.
 
     Returns:
         ``model``.
@@ -156,7 +157,7 @@ def remove(model: Model) -> Model:
 
 
 def applied(model: nn.Module, where: str) -> tuple[Any, Ensemble]:
-    """Return the causal LM of a model with MoD, and its ensemble; raise RuntimeError if it has no
+    """Return the causal LM in ``model`` and its ensemble; raise RuntimeError if the model has no
     MoD."""
     for module in model.modules():
         ensemble = module.__dict__.get(Ensemble.KEY)
@@ -169,8 +170,8 @@ def applied(model: nn.Module, where: str) -> tuple[Any, Ensemble]:
 def _final_norm(decoder: nn.Module, lm: Any) -> Any:
     """Return the norm between the last block and the head.
 
-    It is the last child of the decoder whose weight has the width of the hidden states, except
-    norms of embeddings.
+    This norm is the last child of the decoder whose weight has the width of the hidden states,
+    except norms of embeddings.
     """
     width = lm.config.get_text_config(decoder=True).hidden_size
     children = dict(decoder.named_children())

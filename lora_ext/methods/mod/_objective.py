@@ -1,4 +1,4 @@
-"""Mixtures of the logits of an ensemble's layers, and the terms of the loss that MoD adds.
+"""Mixed logits of an ensemble's layers, and the terms that MoD adds to the loss.
 
 Shape letters: ``B`` sequences, ``T`` positions, ``N`` positions of all sequences, ``d`` hidden
 width, ``V`` vocabulary, ``k`` layers of the ensemble. Late layers are all layers of the ensemble
@@ -32,20 +32,20 @@ class Layers(NamedTuple):
     normed: Sequence[Tensor]
 
     def flat(self) -> Layers:
-        """Return the same layers with all positions in one dimension: states ``(N, d)``."""
+        """Flatten the states of each layer to ``(N, d)``, with all N positions in one dimension."""
         return self._replace(normed=[n.flatten(0, -2) for n in self.normed])
 
     def late(self) -> Layers:
-        """Return the layers without the last, which is the teacher of the late layers."""
+        """Return only the late layers."""
         return self._replace(normed=self.normed[:-1])
 
 
 def mixed_logits(layers: Layers, weights: Tensor, chunk: int, probabilities: bool) -> Tensor:
     """Mix the logits of the layers, or compute the logarithm of their mixed probabilities.
 
-    Computes ``sum_e w_e z_e``, or ``log sum_e w_e softmax(z_e)``, with the logits ``z_e`` of layer
-    e, one chunk of the vocabulary at a time: only one tensor of ``(..., V)`` is in memory. The
-    backward recomputes each chunk.
+    The result is ``sum_e w_e z_e``, or ``log sum_e w_e softmax(z_e)``, with the logits ``z_e`` of
+    layer e. It is computed in chunks of the vocabulary, so that only one tensor ``(..., V)`` is in
+    memory. The backward pass recomputes each chunk.
 
     Args:
         layers: the k layers.
@@ -116,8 +116,8 @@ class Targets:
         labels: ``(N,)``, the label that each position predicts; IGNORE if there is none.
         counted: ``(N,)`` bool, True for labels other than IGNORE.
         mask: ``(N,)`` bool, True for positions that the distillation includes.
-        share: with gradient accumulation, in which the loss is divided by the number of labels of
-            all micro-batches, the fraction of these labels that are in this call; otherwise 1.
+        share: fraction of the labels in ``num_items_in_batch`` (the labels of all micro-batches in
+            gradient accumulation) that are in this call; 1 if this argument is not passed.
     """
 
     labels: Tensor
@@ -135,7 +135,7 @@ class Targets:
             config: settings of MoD.
             given: arguments of the forward by name.
             shape: ``(B, T)`` of the hidden states.
-            device: device of the head; labels may be on another one.
+            device: device of the head; labels are moved to it.
         """
         shifted = given.get("shift_labels")
         labels: Tensor = shift_labels(given["labels"]) if shifted is None else shifted
@@ -155,8 +155,8 @@ class Targets:
 
 
 def distillation(config: ModConfig, layers: Layers, to: Targets) -> Tensor:
-    """Compute the divergence of the late layers from the last, ``tau^2 KL``, averaged over layers
-    and positions. The last layer gets no gradient."""
+    """Compute ``tau^2 KL``, the divergence of the late layers from the last layer, averaged over
+    layers and positions. The last layer gets no gradient."""
     head, weight, bias, normed = layers
     mean = ops.chunked_kl(
         normed, weight, bias, config.tau, config.vocab_chunk, to.mask, head.softcap

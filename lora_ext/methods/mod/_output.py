@@ -21,8 +21,8 @@ class ModOutput(ModelOutput):
     """Output of a model with MoD: the model's own output with the logits of the mixture, and the
     fields that MoD adds.
 
-    The class of a model's output inherits from this class and from the model's own output class. It
-    has the fields of the model's own class, followed by those of this class.
+    The class of a model's output inherits from this class and from the model's own output class,
+    and has the fields of both.
 
     Shape letters: ``B`` sequences, ``T`` positions, ``V`` vocabulary, ``k`` layers of the ensemble.
 
@@ -48,7 +48,7 @@ class ModOutput(ModelOutput):
     layer_losses: Tensor | None = None
 
     def __reduce__(self) -> tuple[Any, ...]:
-        # pickle cannot import this class, because it is created at run time. The model's own output
+        # Subclasses are created at run time, so pickle cannot import them. The model's own output
         # class is stored instead.
         values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
         return _remade, (getattr(type(self), "own_class", None), values)

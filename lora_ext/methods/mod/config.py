@@ -1,4 +1,4 @@
-"""Settings of a mixture of depths."""
+"""Settings of mixture-of-depths ensembles."""
 
 from __future__ import annotations
 
@@ -35,16 +35,16 @@ class ModConfig:
         fixed_weights: w, k numbers of at least 0 that sum to 1, required by the router "fixed";
             None for the other routers.
         mix: mixed quantity: "logit" or "prob" (probability).
-        distill_weight: lambda, weight of the divergence of the late layers from the last. Our
-            choice.
-        tau: temperature of this divergence.
-        distill_on: positions at which this divergence is computed. "labels": positions with a label
-            that is not ignored; "all": positions that the attention mask keeps.
+        distill_weight: lambda, weight of the distillation term of the loss, which is the divergence
+            of the late layers from the last layer. Our choice.
+        tau: temperature of the distillation.
+        distill_on: positions that the distillation includes. "labels": positions with a label that
+            is not ignored; "all": positions that the attention mask keeps.
         layer_ce: weight of the mean cross entropy of the late layers.
-        share_final_norm: whether the mixture uses the model's own norm for the last layer;
-            otherwise it uses a copy.
+        share_final_norm: whether the mixture uses the model's own final norm for the last layer; if
+            False, the mixture uses a copy of the norm.
         train_final_norm: whether the last layer's norm in the mixture is trained.
-        vocab_chunk: number of columns of one layer's logits that are in memory at a time.
+        vocab_chunk: number of columns of one layer's logits that are in memory at the same time.
         backend: "hidden" mixes hidden states before the head; "chunked" mixes the logits or
             probabilities themselves, one part of the vocabulary at a time; "auto" uses "hidden" if
             the two compute the same mixture.

@@ -1,7 +1,7 @@
-"""State dicts, files and counts of the parameters of MoD (mixture-of-depths ensembles).
+"""Functions that save, load and count the parameters of MoD (mixture-of-depths ensembles).
 
-A folder contains ``mod_config.json`` and ``mod.safetensors``. It is not trusted: names, shapes and
-dtypes are compared with the configuration before memory is allocated.
+A folder contains ``mod_config.json`` and ``mod.safetensors``. Its content is not trusted: names,
+shapes and dtypes are compared with the configuration before memory is allocated.
 """
 
 from __future__ import annotations
@@ -30,11 +30,11 @@ _MAX_CONFIG_BYTES = 1 << 20
 
 
 def state_dict(model: nn.Module) -> dict[str, Tensor]:
-    """Return the parameters of MoD in a model, by name; they share the model's memory.
+    """Return the parameters of MoD in a model by name, as tensors that share the model's memory.
 
     Returns:
-        ``mod.norms.<e>.*`` of layer e of the ensemble, ``mod.router`` and ``mod.bias``; and
-        ``mod.final_norm.*`` if the model's own final norm is trained.
+        ``mod.norms.<e>.*`` for layer e of the ensemble, ``mod.router``, ``mod.bias`` and, if the
+        model's own final norm is trained, ``mod.final_norm.*``.
 
     Raises:
         RuntimeError: If the model has no MoD.
@@ -43,7 +43,7 @@ def state_dict(model: nn.Module) -> dict[str, Tensor]:
 
 
 def load_state_dict(model: nn.Module, state: Mapping[str, Tensor]) -> None:
-    """Copy the values of a :func:`state_dict` into a model with MoD of the same configuration.
+    """Copy the tensors of a :func:`state_dict` into a model that has MoD with the same settings.
 
     Args:
         model: model to which :func:`apply` has added MoD.
@@ -52,8 +52,8 @@ def load_state_dict(model: nn.Module, state: Mapping[str, Tensor]) -> None:
 
     Raises:
         RuntimeError: If the model has no MoD.
-        ValueError: If a key is missing or unexpected, or a tensor has another shape or a dtype that
-            is not floating-point. The message names the key, and the model is unchanged.
+        ValueError: If a key is missing or unexpected, or a tensor has the wrong shape or a dtype
+            that is not floating-point. The message names the key, and the model is unchanged.
     """
     own = _mod_parameters(model, "load_state_dict")
     _compare("load_state_dict: state", own, state)
@@ -74,8 +74,8 @@ def save(model: nn.Module, folder: str | os.PathLike[str]) -> None:
 
 
 def load(model: Model, folder: str | os.PathLike[str]) -> Model:
-    """Apply MoD to a model, with the configuration and the parameters that :func:`save` has written
-    for a model of the same shape.
+    """Apply MoD to a model, with the configuration and the parameters that :func:`save` wrote for a
+    model of the same shape.
 
     Returns:
         ``model``.
@@ -85,7 +85,7 @@ def load(model: Model, folder: str | os.PathLike[str]) -> Model:
         TypeError: As for :func:`apply`.
         NotImplementedError: As for :func:`apply`.
         ValueError: If the folder does not contain MoD for this model, or as for :func:`apply`. The
-            message names file and key.
+            message names the file and the key.
 
     The model is unchanged after an error.
     """
@@ -104,8 +104,8 @@ def load(model: Model, folder: str | os.PathLike[str]) -> Model:
 
 
 def _mod_parameters(model: nn.Module, where: str) -> dict[str, nn.Parameter]:
-    """Return the parameters of MoD in a model by name, not detached. The message of an error
-    starts with ``where``."""
+    """Return the parameters of MoD in a model by name, not detached. Error messages start with
+    ``where``."""
     _, ensemble = applied(model, where)
     mixer, config = ensemble.mixer, ensemble.config
     found = {f"{NAME}.{name}": p for name, p in mixer.named_parameters()}
@@ -131,10 +131,10 @@ def trainable_report(model: nn.Module) -> dict[str, Any]:
     """Count the trained parameters of a model with MoD.
 
     Returns:
-        Numbers of parameters by name: ``lora``, of adapters; ``mod``, of the mixture, including the
-        final norm if it is trained; ``head``, of the output layer, including tied embeddings;
-        ``other``, all other trained ones; ``total``, their sum; ``all``, the model's parameters,
-        trained or not. ``ratio`` is total / all.
+        Dictionary with the numbers of trained parameters of adapters (``lora``), of the mixture
+        with its final norm (``mod``), of the output layer with tied embeddings (``head``), and of
+        the rest of the model (``other``); their sum ``total``; the number of all parameters of the
+        model (``all``); and ``ratio``, total / all.
 
     Raises:
         RuntimeError: If the model has no MoD.

@@ -1,6 +1,6 @@
 """DepthMixer: a weighted sum of a language model's last hidden states, each with its own norm.
 
-Norms are classified by the function that they compute instead of by their class.
+The kind of a norm is determined by the values that it computes, not by its class.
 """
 
 from __future__ import annotations
@@ -37,10 +37,10 @@ class DepthMixer(nn.Module):
     Args:
         norms: k modules that all compute RMSNorm, or all LayerNorm, in the order of the layers;
             the last is the model's final norm. The modules are not copied.
-        config: settings, of which k, router, final_mass, fixed_weights and share_final_norm are
-            used. With share_final_norm, the last norm is a child of another module: its parameters
-            are not in this module or its state dict, but calls such as ``to`` on the mixer convert
-            them, too.
+        config: settings; only k, router, final_mass, fixed_weights and share_final_norm are used.
+            With share_final_norm, the last norm is not a child of the mixer: the norm's parameters
+            are not in the mixer's state dict, but calls such as ``to`` on the mixer convert these
+            parameters, too.
 
     Attributes:
         norms: norms that belong to the mixer.
@@ -50,7 +50,7 @@ class DepthMixer(nn.Module):
 
     Raises:
         TypeError: If a norm computes neither RMSNorm nor LayerNorm.
-        ValueError: If the number of norms is not k, or their widths or forms differ.
+        ValueError: If the number of norms is not k, or their widths, eps or formulas differ.
 
     Source: arXiv 2410.13077; router and initial values are our choice (docs/mod.md).
     """
@@ -91,8 +91,8 @@ class DepthMixer(nn.Module):
             hiddens: k hidden states ``(..., d)`` before the norms, in the order of the layers.
 
         Returns:
-            The mixture ``(..., d)`` in the dtype of the hidden states, which replaces the normed
-            last hidden state; and the weights ``(..., k)``, in float32 (float64 for float64).
+            The mixture ``(..., d)`` in the dtype of the hidden states, to be used in place of the
+            normed last hidden state; and the weights ``(..., k)``, float32 (float64 for float64).
 
         Raises:
             ValueError: If the number of hidden states is not k, or their shapes, dtypes or devices
@@ -134,8 +134,8 @@ class DepthMixer(nn.Module):
     def normed(self, hiddens: Sequence[Tensor]) -> list[Tensor]:
         """Return each hidden state after its norm, as in the mixture: k tensors ``(..., d)``.
 
-        The head computes the logits of each layer from them. Arguments and errors are those of
-        :meth:`forward`.
+        The model's head computes the logits of layer e from tensor e. Arguments and errors are
+        those of :meth:`forward`.
         """
         self._check(hiddens)
         return [self._normed(hidden, e) for e, hidden in enumerate(hiddens)]
@@ -174,8 +174,8 @@ _EPS_NAMES = ("eps", "variance_epsilon", "epsilon", "norm_eps")
 
 
 class _NormForm(NamedTuple):
-    """Formula of a norm: ``(offset + weight) * h / sqrt(mean(h^2) + eps) + bias``; "layer"
-    subtracts the mean of ``h`` first."""
+    """Formula of a norm: ``(offset + weight) * h / sqrt(mean(h^2) + eps) + bias``. For the kind
+    "layer", the mean of ``h`` is subtracted first."""
 
     kind: str  # "rms" or "layer"
     eps: float
@@ -197,10 +197,10 @@ def _norm_form(norm: nn.Module, where: str) -> _NormForm:
 
     Args:
         norm: any module.
-        where: start of the message of an error: function and argument.
+        where: start of error messages: function and argument.
 
     Raises:
-        TypeError: If the module has no weight ``(d,)``, or computes another function.
+        TypeError: If the module has no weight ``(d,)``, or computes none of these functions.
     """
     weight: Any = getattr(norm, "weight", None)
     if not isinstance(weight, Tensor) or weight.dim() != 1 or not weight.is_floating_point():

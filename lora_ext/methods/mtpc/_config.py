@@ -64,17 +64,18 @@ class MtpcConfig:
             state by a token that is already decided, so that the circuit covers only later tokens;
             0 for no bridge. Our choice.
         chain: number of consecutive windows of n tokens in a draft, each conditioned on the tokens
-            of the previous one; at most 1024. More than 1 requires a bridge.
+            of the previous window; at most 1024. More than 1 requires a bridge.
         draft_layers: K, number of last layers with LoRA in the draft path; 0 for no LoRA.
         draft_rank: rank of this LoRA.
         draft_alpha: alpha of this LoRA.
-        evidence: ``"soft"`` for one circuit of all hidden states, which condition it through one
-            vector of logits per position. Source: CoDD (arXiv 2603.00045).
+        evidence: "none", or "soft" for a circuit that all hidden states share; a hidden state then
+            conditions this circuit through one vector of logits per position (CoDD, arXiv
+            2603.00045).
 
     Raises:
         ValueError: If a value is out of range; the message names the field.
 
-    Source: arXiv 2511.11346; the defaults of gamma, beta, rank and alpha are the published ones.
+    Source: arXiv 2511.11346; the defaults of gamma, beta, rank and alpha are the published values.
     """
 
     n_token: int = 8
@@ -99,8 +100,8 @@ class MtpcConfig:
             "gamma": within(above=0, maximum=1),
             "beta": within(0, 1),
             "bridge": within(0),
-            # Limited because every window uses memory. The file of a draft is not trusted, and no
-            # tensor in it has a shape that confirms this number.
+            # Limited because every window uses memory. A saved draft may be untrusted, and none of
+            # its tensors has a shape with which this number could be compared.
             "chain": within(maximum=1024),
             "draft_layers": within(0),
             "draft_rank": within(1),
@@ -114,9 +115,10 @@ class MtpcConfig:
     def for_tokens(self, count: int) -> MtpcConfig:
         """Return a copy of the settings in which an ``emission`` of None is replaced.
 
-        Our choice: the size of "full" is proportional to positions times components times tokens.
-        With 8 positions, 8 components and 49152 tokens of width 576, it is 7 GB. "adapter" uses the
-        model's own unembedding.
+        None is replaced by "full" for up to 4096 tokens, otherwise by "adapter" (our choice). The
+        size of "full" is proportional to positions times components times tokens: with 8 positions,
+        8 components and 49152 tokens of width 576, it is 7 GB. "adapter" uses the model's own
+        unembedding.
 
         Args:
             count: number of tokens that may be drafted: the size of the shortlist or of the

@@ -2,14 +2,15 @@
 allows.
 
 The constraint state of every row advances with the drafted tokens. At every position, the
-conditional distribution of the circuit is multiplied by the same factor as the target's: ``r``, the
-guide's probability that the constraint will be satisfied (:mod:`lora_ext.control`), or the mask of
-allowed tokens. Since draft and target share this factor, ``ops.spec_verify`` is used unchanged.
-After the end of a text, both distributions contain only end tokens.
+distributions of the circuit and of the verifier are multiplied by the same factor: ``r``, the
+probability that the constraint will be satisfied, estimated by a guide (see
+:mod:`lora_ext.control`), or the mask of allowed tokens. Since the factor is the same,
+``ops.spec_verify`` is used unchanged. After the end of a text, both distributions contain only end
+tokens.
 
-If only one token is allowed, it has probability 1 in draft and target. A run of such tokens that
-follows a window is appended to it and needs no acceptance test. If the whole window is accepted,
-the next token is drawn from the logits after the run.
+A token is *forced* if it is the only allowed one; both distributions then give it probability 1. A
+run of forced tokens that follows a window is appended to the window and needs no acceptance test.
+If the whole window is accepted, the next token is drawn from the logits after the run.
 
 Shape letters: ``B`` rows, ``K`` drafted tokens, ``n`` tokens per window, ``F`` tokens of the
 longest run, ``V`` vocabulary.
@@ -37,7 +38,8 @@ _MAX_FORCED_TOKENS = 32  # per run: a run lengthens the verifier's pass for ever
 
 
 class _Position(NamedTuple):
-    """Constraint states of the rows before a position of a window, and ``log r`` of its tokens."""
+    """Constraint states of the rows before a position of a window, and ``log r`` of all tokens at
+    this position."""
 
     rows: list[Row | None]
     blocks: list[Block]
@@ -59,7 +61,7 @@ class Constrained:
     def __init__(self, decoder: Any, request: Request, batch: int):
         plans = control.plans_of(_WHERE, decoder.constraint, decoder.guide, request.budget)
         count = len(plans)
-        require(count in (1, batch), _WHERE, "constraint", f"1 or {batch}, one per row", count)
+        require(count in (1, batch), _WHERE, "constraint", f"1 or {batch} constraints", count)
         for plan in plans:
             if plan is not None:
                 _check(plan, request, decoder.head.vocab_size)
@@ -85,7 +87,7 @@ class Constrained:
     def drafted(self, hidden: Tensor, pending: Tensor | None, uniforms: Tensor) -> DraftedWindow:
         """Draft a window that the constraints allow; the arguments are those of ``Steps.draft``."""
         self._window: list[_Position] = []
-        self._behind = self.rows  # states after the tokens drafted so far
+        self._after = self.rows  # constraint states after the tokens drafted so far
         self._runs = torch.zeros(len(self.rows), dtype=torch.long)
         decoder, head = self.decoder, self.decoder.head
         # Rows without a constraint use the same draft as in a batch without constraints, so that a
@@ -99,7 +101,7 @@ class Constrained:
             return DraftedWindow.joined([self._drawn(every, circuit, uniforms, pending, free)])
         parts, state, before = [], hidden, pending[:, None]
         for j, numbers in enumerate(uniforms.split(head.n_token, 1)):
-            state = decoder.behind(state, before)
+            state = decoder.advance_states(state, before)
             own = None if free is None else free[:, j * head.n_token :]
             circuit = head.narrow_circuit(state)
             parts.append(self._drawn(head.listed, circuit, numbers, None, own))
@@ -118,7 +120,7 @@ class Constrained:
         log-distributions ``(B, n, V)`` that they were drawn from."""
         batch, n = uniforms.shape[:2]
         kind, greedy = self.decoder.head.kind, self.decoder.mode == "greedy"
-        rows = self._behind
+        rows = self._after
         places = torch.full((batch, n), -1, device=uniforms.device)
         tokens, laws = [], []
         for k in range(n):
@@ -131,11 +133,11 @@ class Constrained:
                 blocks = control.log_ratios(rows)
                 self._window.append(_Position(rows, blocks))
                 law = control.moved(blocks, q)
-                # If the draft gives the allowed tokens no probability, they are drawn from r.
+                # If the draft gives the allowed tokens no probability, the token is drawn from r.
                 nothing = (law == -torch.inf).all(1, keepdim=True)
                 if bool(nothing.any()):
                     law = torch.where(nothing, control.moved(blocks, torch.zeros_like(q)), law)
-                    # If a matcher allows no token, any token is drawn; it is not kept.
+                    # If a matcher allows no token, any token is drawn, which is not kept.
                     law = torch.where((law == -torch.inf).all(1, keepdim=True), 0.0, law)
                 law = log_softmax(law)
                 token = law.argmax(-1) if greedy else draw(law, uniforms[:, k, 1])
@@ -146,25 +148,23 @@ class Constrained:
             places[:, k] = torch.where(known, listed.places(token), -1)
             tokens.append(token)
             laws.append(law)
-        self._behind = rows
+        self._after = rows
         law, token = torch.stack(laws, 1), torch.stack(tokens, 1)
         return token, law.gather(2, token[..., None])[..., 0], law
 
     def with_forced(self, tokens: Tensor) -> Tensor:
         """Append each row's run of forced tokens to a window ``(B, K)``; return ``(B, K + F)``.
-
-        Runs differ in length. A shorter run is padded with zeros, which its row does not keep.
-        """
+        Shorter runs are padded with zeros, which their rows do not keep."""
         columns: list[list[int]] = []
         for _ in range(_MAX_FORCED_TOKENS):
-            only = [None if row is None else row.only for row in self._behind]
+            only = [None if row is None else row.only for row in self._after]
             if all(token is None for token in only):
                 break
-            pairs = zip(self._behind, only, strict=True)
+            pairs = zip(self._after, only, strict=True)
             forced = [None if token is None else row for row, token in pairs]
             columns.append([t or 0 for t in only])
-            both = zip(self._behind, control.advance(forced, columns[-1]), strict=True)
-            self._behind = [before if after is None else after for before, after in both]
+            both = zip(self._after, control.advance(forced, columns[-1]), strict=True)
+            self._after = [before if after is None else after for before, after in both]
             self._runs += torch.tensor([t is not None for t in only])
         return torch.cat([tokens, *(tokens.new_tensor(c)[:, None] for c in columns)], 1)
 
@@ -173,14 +173,14 @@ class Constrained:
 
         Args:
             target: ``(B, K + F + 1, V)``, the verifier's logits for the tokens of
-                :meth:`with_forced`. The last position of the result is the one after the run of
-                each row.
+                :meth:`with_forced`. The last position of the result is the one after each row's
+                run.
         """
-        self._window.append(_Position(self._behind, control.log_ratios(self._behind)))
+        self._window.append(_Position(self._after, control.log_ratios(self._after)))
         n = len(self._window) - 1
-        behind = target[torch.arange(len(target)), n + self._runs]
+        after_run = target[torch.arange(len(target)), n + self._runs]
         places = [
-            control.moved(position.blocks, behind if k == n else target[:, k], self.temperature)
+            control.moved(position.blocks, after_run if k == n else target[:, k], self.temperature)
             for k, position in enumerate(self._window)
         ]
         self._law = torch.stack(places, 1)
@@ -190,8 +190,8 @@ class Constrained:
         """Advance the rows by their accepted tokens and the verifier's token.
 
         Returns:
-            number of tokens of :meth:`with_forced` that each row keeps, ``(B,)``. A row that keeps
-            its whole window also keeps its run.
+            number of tokens in the result of :meth:`with_forced` that each row keeps, ``(B,)``. A
+            row that keeps its whole window also keeps its run.
 
         Raises:
             ValueError: If the model has no finite score for any token that the constraint allows.

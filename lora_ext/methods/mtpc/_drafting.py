@@ -1,12 +1,12 @@
-"""Steps of an iteration of speculative decoding: draft a window, verify it.
+"""Steps of an iteration of speculative decoding: draft a window, then verify it.
 
-With a bridge, windows start after a decided token. Their circuits and samples are over the ``L``
-tokens of the head's shortlist. Only the distribution at each position, mixed over the components,
-is expanded to the vocabulary for verification.
+With a bridge, a window starts after a decided token. The window's circuit and samples contain only
+the ``L`` tokens of the head's shortlist. For verification, only the distribution at each position,
+summed over the components, is expanded to the vocabulary.
 
 The hidden state after a decided token is not known when a draft starts, since the model has not
-been run on that token. :class:`TokenBridge` estimates it from the state before the token and the
-token's embedding.
+been run on that token. :class:`TokenBridge` estimates this state from the state before the token
+and the token's embedding.
 
 Shape letters: ``B`` rows, ``K`` drafted tokens, ``n`` tokens per window, ``C`` components, ``V``
 vocabulary, ``D`` hidden width.
@@ -36,6 +36,8 @@ from .tail import DraftTail
 
 #: "sample" draws from the model's distribution; "greedy" uses its most likely tokens.
 Mode = Literal["sample", "greedy"]
+#: Use of the pending token, which the last call has decided and the model has not processed yet:
+#: as evidence for the next window ("condition"), or as input of a separate pass ("restart").
 WindowRule = Literal["condition", "restart"]
 
 
@@ -100,7 +102,7 @@ class TokenBridge(nn.Module):
         z = torch.cat([F.rms_norm(h, shape), F.rms_norm(embedded, shape)], -1)
         gate, up, skip = self.read(z).split([self.width, self.width, self.hidden_size], -1)
         moved = skip + self.down(F.silu(gate) * up)
-        # Squares of float16 overflow, and a square root has no gradient at zero.
+        # The squares of float16 would overflow, and the gradient of a square root at 0 is inf.
         length = torch.linalg.vector_norm(h, dim=-1, keepdim=True, dtype=accumulator(h.dtype))
         size = (length / math.sqrt(self.hidden_size)).to(h.dtype)
         return torch.addcmul(h, size, moved)
@@ -111,22 +113,22 @@ class TokenBridge(nn.Module):
 
 
 class DraftedWindow(NamedTuple):
-    """A window, and the quantities of its circuit that verification reads."""
+    """Drafted window, with the probabilities under the draft that the acceptance test needs."""
 
     circuit: Circuit
     tokens: Tensor  # (B, K)
-    conditional: Tensor  # (B, K)
-    posterior: Tensor  # (B, K, C)
+    conditional: Tensor  # (B, K), log-probability of each token given the previous ones
+    posterior: Tensor  # (B, K, C), probabilities of the components given the previous tokens
 
     @classmethod
     def greedy(cls, tokens: Tensor) -> DraftedWindow:
-        """Return a window with tokens only, since greedy verification uses no other field."""
+        """Return a window that contains only tokens; greedy verification uses no other field."""
         none = torch.empty(0)
         return cls(Circuit(none, None, None), tokens, none, none)
 
     @classmethod
     def joined(cls, parts: list[tuple[Tensor, Tensor, Tensor]]) -> DraftedWindow:
-        """Concatenate windows into one window with one component.
+        """Concatenate independently drafted windows into one without latent states.
 
         Args:
             parts: for each window its tokens ``(B, n)``, their log-probabilities ``(B, n)``, and
@@ -139,7 +141,7 @@ class DraftedWindow(NamedTuple):
 
 @dataclass(eq=False, repr=False)
 class Steps:
-    """Steps of a :class:`SpeculativeDecoder`, which documents the attributes."""
+    """Draft and verification of a :class:`SpeculativeDecoder`, which documents the attributes."""
 
     model: Any
     head: CircuitHead
@@ -159,13 +161,13 @@ class Steps:
         return self.head.n_token * self.chain
 
     def uniforms(self, generators: list[torch.Generator], device: torch.device) -> Tensor:
-        """Draw the random numbers of an iteration from the generator of each row: ``(B, 3 K + 1)``,
-        two per drafted token, one per acceptance test, one for the verifier's token."""
+        """Draw the random numbers of an iteration, ``(B, 3 K + 1)``, from each row's generator: two
+        per drafted token, one per acceptance test, and one for the verifier's token."""
         size = 3 * self.drafted + 1
         return torch.stack([torch.rand(size, generator=g) for g in generators]).to(device)
 
     def first_token(self, logits: Tensor, uniforms: Tensor) -> Tensor:
-        """Draw the verifier's token ``(B,)`` that follows a prompt without a draft.
+        """Draw the first token of each row, ``(B,)``, from the verifier's logits, without a draft.
 
         Args:
             logits: the verifier's logits ``(B, V)``.
@@ -177,17 +179,17 @@ class Steps:
         return draw(wide if self.top_p == 1 else nucleus(wide, self.top_p), uniforms)
 
     def draft(self, hidden: Tensor, pending: Tensor | None, uniforms: Tensor) -> DraftedWindow:
-        """Draw a window.
+        """Draw a window of tokens from the circuit.
 
         Args:
-            hidden: hidden states ``(B, D)`` of the last tokens that the model has processed and
-                that were kept.
-            pending: ``(B,)``, the window's first tokens if they are decided already; with a bridge,
-                the tokens before the window.
+            hidden: hidden state ``(B, D)`` of each row's last kept token that the model has
+                processed.
+            pending: ``(B,)``, each row's first token of the window if it is decided already; with a
+                bridge, the token before the window.
             uniforms: random numbers ``(B, K, 2)``; greedy drafts do not use them.
         """
         if self.bridge is not None and pending is not None:
-            return self._draft_behind(hidden, pending, uniforms)
+            return self._draft_with_bridge(hidden, pending, uniforms)
         circuit = self.circuit(hidden, pending)
         kind = self.head.kind
         evidence = None
@@ -202,9 +204,9 @@ class Steps:
     def circuit(self, hidden: Tensor, pending: Tensor | None) -> Circuit:
         """Return the circuit of the window.
 
-        A pending token outside the head's shortlist would have probability 0. It gets probability 1
-        in every component instead, so that it does not change the distribution of the tokens after
-        it.
+        A pending token outside the head's shortlist would have probability 0. The token gets
+        probability 1 in every component instead, so that it does not change the distribution of
+        later tokens.
         """
         circuit = self.head.circuit(hidden)
         if pending is None or self.head.shortlist is None:
@@ -215,18 +217,18 @@ class Steps:
         first.scatter_(-1, own, first.gather(-1, own).masked_fill(lacking, 0))
         return circuit
 
-    def _draft_behind(self, hidden: Tensor, token: Tensor, uniforms: Tensor) -> DraftedWindow:
-        """Draw all windows after a token, and return them as one window with one component, the
-        mixture at each position.
+    def _draft_with_bridge(self, hidden: Tensor, token: Tensor, uniforms: Tensor) -> DraftedWindow:
+        """Draw all windows after a token, and return them as one window with a single component:
+        the circuit's distribution at each position.
 
         A greedy draft uses the most likely token given the previous ones at every position, as the
-        verifier does; this is not always the most likely window.
+        verifier does. This choice is not always the most likely window.
         """
         head, listed = self.head, self.head.listed
         parts: list[tuple[Tensor, Tensor, Tensor]] = []
         state, before, none = hidden, token[:, None], torch.empty(len(hidden), 0)
         for j in range(self.chain):
-            state = self.behind(state, before)
+            state = self.advance_states(state, before)
             circuit = head.narrow_circuit(state)
             if self.mode == "greedy":
                 places = torch.full((len(state), head.n_token), -1, device=state.device)
@@ -247,7 +249,7 @@ class Steps:
             return DraftedWindow.greedy(torch.cat([tokens for tokens, _, _ in parts], 1))
         return DraftedWindow.joined(parts)
 
-    def behind(self, state: Tensor, tokens: Tensor) -> Tensor:
+    def advance_states(self, state: Tensor, tokens: Tensor) -> Tensor:
         """Advance states ``(B, D)`` by tokens ``(B, n)`` with the bridge, token by token."""
         assert self.bridge is not None
         embed = self.model.get_input_embeddings()
@@ -268,7 +270,7 @@ class Steps:
             uniforms: random numbers ``(B, K + 1)``.
 
         Returns:
-            number of tokens that are kept ``(B,)``, including the pending one, and the next token
+            number of tokens that are kept ``(B,)``, including the pending token, and the next token
             ``(B,)``.
         """
         evidence = None if pending is None else torch.ones_like(pending)

@@ -5,9 +5,9 @@ An emission contains the parameters of the leaves. Each class has four methods:
 * ``logits(rows)``: compute all leaves of rows ``(N, D)``, as ``(N, K, C, L)``; for decoding, with
   few rows;
 * ``observed(rows, places)``: compute the log-probability of one token per position, ``(N, K, C)``;
-  for training, since the logits of all rows would not fit in memory. ``places (N, K)``, the tokens'
-  indices in the shortlist, are in [-1, L); -1 marginalises its position. The result is
-  differentiable once;
+  for training, since the logits of all rows would not fit in memory. ``places (N, K)`` contains the
+  tokens' indices in the shortlist; -1 marginalises its position. The result is differentiable
+  once;
 * ``reset_parameters(bound)``: draw new values from torch's generator; new unembeddings are uniform
   in ``±bound``;
 * ``start_from(blocks)``: start from a language model's unembedding, ``blocks (positions, L, D)``
@@ -51,8 +51,8 @@ class LeafSizes(NamedTuple):
 class Emission(nn.Module):
     """Parameters of the leaves of a circuit.
 
-    A subclass allocates them from sizes and the options (dtype, device) of :func:`torch.empty`,
-    without setting values.
+    A subclass allocates the parameters with :func:`torch.empty`, from the sizes and the options
+    dtype and device.
     """
 
     def __init__(self, sizes: LeafSizes) -> None:
@@ -78,12 +78,13 @@ class FullEmission(Emission):
             position.copy_(block.expand_as(position))
 
     def logits(self, rows: Tensor) -> Tensor:
-        """Multiply rows with all unembeddings in one product."""
+        """Return the leaf logits ``(N, K, C, L)``, computed with all unembeddings in one
+        product."""
         return linear(rows, self.emit.flatten(0, 2)).unflatten(-1, self.emit.shape[:3])
 
     def observed(self, rows: Tensor, places: Tensor) -> Tensor:
-        """Gather the log-probabilities inside the op, one position and one chunk of rows at a
-        time."""
+        """Return the tokens' log-probabilities ``(N, K, C)``. The op computes the logits of one
+        position and one chunk of rows at a time."""
         return ops.emission_gather(rows, self.emit, places)
 
 
@@ -98,15 +99,15 @@ class SharedEmission(Emission):
         raise NotImplementedError
 
     def logits(self, rows: Tensor) -> Tensor:
-        """Apply the unembedding to every state."""
+        """Return the leaf logits ``(N, K, C, L)``: the unembedding applied to every state."""
         k, c, num_leaves = self.sizes[:3]
         return linear(self.states(rows), self.unembed).view(len(rows), k, c, num_leaves)
 
     def observed(self, rows: Tensor, places: Tensor) -> Tensor:
-        """Gather the log-probabilities.
+        """Return the tokens' log-probabilities ``(N, K, C)``.
 
-        If the states of all rows are too large to store for the backward, the backward recomputes
-        them chunk by chunk.
+        If the states of all rows are too large to store, the backward pass recomputes them, one
+        chunk of rows at a time.
         """
         chunk = rows_per_chunk(self.sizes.n_token * self.sizes.rank * self.sizes.hidden_size)
         if len(rows) <= chunk:
@@ -141,13 +142,13 @@ class ExpanderEmission(SharedEmission):
         self.unembed.copy_(blocks[0])
 
     def states(self, rows: Tensor) -> Tensor:
-        """Multiply rows with all maps in one product."""
+        """Return the states ``(N K C, D)``, computed with all maps in one product."""
         return linear(rows, self.maps.flatten(0, 2)).view(-1, self.sizes.hidden_size)
 
 
 class AdapterEmission(SharedEmission):
-    """``unembed @ (h + B[k, z] @ A[k, z] @ h)``: one adapter per position and component on a frozen
-    unembedding, which may share the language model's memory and is then never written."""
+    """``unembed @ (h + B[k, z] @ A[k, z] @ h)``: one adapter per position and component before a
+    frozen unembedding, which is never written because it may share the language model's memory."""
 
     def __init__(self, sizes: LeafSizes, **options: Any) -> None:
         super().__init__(sizes)
@@ -168,8 +169,8 @@ class AdapterEmission(SharedEmission):
         self.unembed = blocks[0].to(self.unembed)
 
     def states(self, rows: Tensor) -> Tensor:
-        """Apply each of the ``K C`` adapters to every row; adapter ``k C + z`` computes the state
-        of position k and component z."""
+        """Return the states ``(N K C, D)``. Adapter ``k C + z`` computes the state of position k
+        and component z from every row."""
         adapters = len(self.lora_A)
         x = rows[:, None].expand(-1, adapters, -1).reshape(-1, self.sizes.hidden_size)
 
@@ -187,7 +188,7 @@ class AdapterEmission(SharedEmission):
         if saved is not None and not self.unembed.is_meta:
             same = saved.shape == self.unembed.shape
             if not (same and torch.equal(saved.to(self.unembed), self.unembed)):
-                self.unembed = torch.empty_like(self.unembed)  # The old one may be the model's.
+                self.unembed = torch.empty_like(self.unembed)  # the model may use the old tensor
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
 
@@ -247,7 +248,7 @@ class SumWeights(nn.Module):
 
     def forward(self, rows: Tensor) -> tuple[Tensor | None, Tensor | None]:
         """Compute the logits of rows ``(N, D)``: prior ``(N, C)`` and transitions ``(N, M, C, C)``.
-        A result is None if the circuit has no such sum."""
+        A result is None if the circuit has no prior or no transitions."""
         if self.prior is None:
             return None, None
         prior = linear(rows, self.prior)

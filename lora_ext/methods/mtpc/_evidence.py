@@ -1,15 +1,16 @@
-"""A shared circuit that reads the logits of each row as soft evidence.
+"""Circuit that all rows share, conditioned on the logits of each row as soft evidence.
 
-The parameters of the shared circuit S do not depend on the row. Its product with the row's logits
-``l``, one vector per position, is normalised by ``Z``:
+The parameters of the shared circuit S do not depend on the row. A row has one vector of logits
+``l_k`` per position, and the distribution
 
     q(x_1 .. x_K) = S(x_1 .. x_K) prod_k exp(l_k[x_k]) / Z
 
-This is a circuit of the same kind. Its leaves are ``softmax(s_{k,z} + l_k)`` for leaf logits
-``s_{k,z}`` of S. The weight of a state, in the prior or in a transition, is its weight in S times
-its evidence: the expectation of ``prod_k exp(l_k[x_k])`` over the positions that the state
-generates. It is computed from the last position to the first. At a leaf it is
-``sum_v softmax(s_{k,z})[v] softmax(l_k)[v]``, one product of all leaves with all rows.
+This is a circuit of the same kind as S. Its leaves are ``softmax(s_{k,z} + l_k)`` for the leaf
+logits ``s_{k,z}`` of S. A state's weight in the prior or in a transition is the weight in S times
+the state's evidence, which is the expectation of ``prod_k exp(l_k[x_k])`` over the positions that
+the state generates. Evidence is computed from the last position to the first. The evidence of a
+leaf is ``sum_v softmax(s_{k,z})[v] softmax(l_k)[v]``, computed for all leaves and rows in one
+product.
 
 Shape letters: ``N`` rows, ``K`` positions, ``C`` components, ``L`` tokens that have leaves, ``M``
 transition matrices.
@@ -20,22 +21,38 @@ lists what is our choice.
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, NamedTuple, Self
 
 import torch
 from torch import Tensor, nn
 
 from lora_ext.layers import recomputed, rows_per_chunk
 from lora_ext.reference import accumulator, left_size
+from lora_ext.rows import capturing
 
 from ._emission import EmissionModule, LeafSizes, SumWeights
 
-_LEAF_DEVIATION = 1.0  # of the initial leaf logits, so that states differ; our choice
+_LEAF_DEVIATION = 1.0  # standard deviation of the initial leaf logits; our choice
 _MIN_EVIDENCE = 1e-290  # The gradient divides by the evidence, and must be finite in float64.
+
+
+class _Constants(NamedTuple):
+    """Probabilities of the shared circuit, which are the same for all rows."""
+
+    leaf: Tensor  # (K, C, L), logarithms
+    leaf_exp: Tensor  # (K, L, C), float64
+    prior: Tensor  # (C,), logarithms
+    trans: Tensor | None  # (M, C, C), logarithms
+    trans_exp: Tensor | None  # (M, C, C), float64, transposed
 
 
 class SharedCircuit(SumWeights):
     """Parameters of a circuit that all rows share, and its product with the evidence of a row.
+
+    In evaluation mode without gradients, the circuit's probabilities are computed once and stored
+    until the version or the memory of a parameter changes. A change through ``.data`` is therefore
+    detected only after ``train()``, ``eval()`` or a pass with gradients.
 
     Args:
         kind: circuit family: ``"cp"``, ``"hmm"`` or ``"btree"``.
@@ -55,10 +72,19 @@ class SharedCircuit(SumWeights):
         super().__init__(kind, sizes._replace(hidden_size=1), False, shared, stays, **how)
         self.kind = kind
         self.leaf = nn.Parameter(torch.empty(sizes[:3], **how))
+        self._kept: tuple[torch.dtype, list[Any], _Constants, list[Tensor]] | None = None
+
+    def train(self, mode: bool = True) -> Self:
+        """Set the mode, as :meth:`torch.nn.Module.train`."""
+        self._kept = None
+        return super().train(mode)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_kept": None}
 
     def reset_parameters(self, bound: float) -> None:
-        """Draw new values from torch's generator. States with equal leaves would learn nothing, so
-        leaf logits are normally distributed."""
+        """Draw new values from torch's generator. Leaf logits are normally distributed, since
+        states with equal leaves would never learn to differ."""
         super().reset_parameters(bound)
         nn.init.normal_(self.leaf, std=_LEAF_DEVIATION)
 
@@ -69,8 +95,9 @@ class SharedCircuit(SumWeights):
             logits of the leaves ``(N, K, C, L)``, the prior ``(N, C)`` and the transitions
             ``(N, M, C, C)``, in float32 (float64 for float64).
         """
-        law, leaf = self._log_laws(logits)
-        return (law[:, :, None] + leaf, *self(_log_evidence(law, leaf)))
+        law = _log_law(logits)
+        fixed = self._constants(law.dtype)
+        return law[:, :, None] + fixed.leaf, *self._sums(_log_evidence(law, fixed), fixed)
 
     def observed(
         self, emission: EmissionModule, rows: Tensor, places: Tensor
@@ -78,8 +105,8 @@ class SharedCircuit(SumWeights):
         """Compute the log-probability of one token per position, ``(N, K, C)``, and the prior and
         the transitions of :meth:`circuit`.
 
-        If the logits of all rows are too large to store for the backward, the backward recomputes
-        them chunk by chunk.
+        If the logits of all rows are too large to store, the backward pass recomputes them, one
+        chunk of rows at a time.
 
         Args:
             emission: emission with one component, which computes the logits of rows.
@@ -88,89 +115,131 @@ class SharedCircuit(SumWeights):
         """
 
         def observe(rows: Tensor, places: Tensor) -> Tensor:
-            law, leaf = self._log_laws(emission.logits(rows))
-            evidence = _log_evidence(law, leaf)
+            law = _log_law(emission.logits(rows))
+            fixed = self._constants(law.dtype)
+            evidence = _log_evidence(law, fixed)
             index = places.clamp(min=0)
             every = torch.arange(index.shape[1], device=index.device)
-            own = law.gather(2, index[..., None]) + leaf.transpose(1, 2)[every, index]
+            own = law.gather(2, index[..., None]) + fixed.leaf.transpose(1, 2)[every, index]
             return torch.stack([torch.where(places[..., None] < 0, 0, own - evidence), evidence])
 
-        # Logits, law and float64 probabilities are stored.
+        # For each row, logits, log-probabilities and float64 probabilities are stored.
         chunk = rows_per_chunk(4 * places.shape[1] * self.leaf.shape[2])
         if len(rows) <= chunk:
             observed, evidence = observe(rows, places)
         else:
             parts = zip(rows.split(chunk), places.split(chunk), strict=True)
             observed, evidence = torch.cat([recomputed(observe, *part) for part in parts], 1)
-        return (observed, *self(evidence))
+        return observed, *self._sums(evidence, self._constants(evidence.dtype))
 
-    def forward(  # pyright: ignore[reportIncompatibleMethodOverride]  (evidence, not rows)
-        self, evidence: Tensor
-    ) -> tuple[Tensor, Tensor | None]:
+    def _sums(self, evidence: Tensor, fixed: _Constants) -> tuple[Tensor, Tensor | None]:
         """Multiply prior and transitions by the evidence of their states.
 
         Args:
             evidence: logarithm of the evidence of every leaf, ``(N, K, C)``.
+            fixed: the circuit's probabilities.
 
         Returns:
-            logits of the prior ``(N, C)`` and of the transitions ``(N, M, C, C)``; None if the
-            circuit has no transitions.
+            logits of the prior ``(N, C)`` and of the transitions ``(N, M, C, C)``; the second
+            result is None if the circuit has no transitions.
         """
-        assert self.prior is not None  # 'ff', without states, is refused
-        prior = self.prior[:, 0].to(evidence.dtype).log_softmax(0)
-        if self.trans_bias is None:
-            return prior + evidence.sum(1), None
-        trans = self.trans_bias.to(evidence.dtype).log_softmax(-1)
-        trans = trans.expand(self.num_transitions, -1, -1)
-        root, below = (_chain if self.kind == "hmm" else _tree)(evidence, trans)
-        return prior + root, trans + torch.stack(below, 1)[:, :, None]
+        if fixed.trans is None or fixed.trans_exp is None:
+            return fixed.prior + evidence.sum(1), None
+        # A factor that all states of a node share cancels, so the largest evidence is scaled to 1.
+        weight = (evidence - evidence.detach().amax(-1, keepdim=True)).double().exp()
+        weight = weight.clamp(min=_MIN_EVIDENCE)
+        states = (_chain if self.kind == "hmm" else _tree)(weight, fixed.trans_exp.unbind())
+        logs = torch.stack(states, 1).log().to(evidence.dtype)
+        return fixed.prior + logs[:, 0], fixed.trans + logs[:, 1:, None]
 
-    def _log_laws(self, logits: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the logarithms of the rows' probabilities ``(N, K, L)`` and of the leaves'
-        ``(K, C, L)``."""
-        law = logits[:, :, 0].to(accumulator(logits.dtype)).log_softmax(-1)
-        return law, self.leaf.to(law.dtype).log_softmax(-1)
+    def _constants(self, dtype: torch.dtype) -> _Constants:
+        """Return the circuit's probabilities in ``dtype``; reuse them if no parameter changed."""
+        assert self.prior is not None  # check_structure rejects 'ff', which has no states
+        parameters = [p for p in (self.leaf, self.prior, self.trans_bias) if p is not None]
+        fixed = not (self.training or torch.is_grad_enabled())
+        states = [_state(parameter) for parameter in parameters] if fixed else [None]
+        if (kept := self._kept) is not None and kept[:2] == (dtype, states):
+            return kept[2]
+        leaf, prior = self.leaf.to(dtype).log_softmax(-1), self.prior[:, 0].to(dtype).log_softmax(0)
+        trans = trans_exp = None
+        if self.trans_bias is not None:
+            trans = self.trans_bias.to(dtype).log_softmax(-1)
+            trans = trans.expand(self.num_transitions, -1, -1)
+            trans_exp = trans.double().exp().transpose(1, 2)
+        found = _Constants(leaf, leaf.double().exp().transpose(1, 2), prior, trans, trans_exp)
+        # The aliases keep the memory in use, so that no later parameter has the same address.
+        aliases = [p.detach() for p in parameters]
+        self._kept = None if None in states else (dtype, states, found, aliases)
+        return found
 
 
-def _log_evidence(law: Tensor, leaf: Tensor) -> Tensor:
+def _state(parameter: Tensor) -> tuple[object, ...] | None:
+    """Return values that differ after the parameter has changed; None if the parameter has no such
+    values.
+
+    Inference tensors have no version, shared memory can be changed by another process, and a
+    captured graph must read the parameter at every replay.
+    """
+    if type(parameter) is not nn.Parameter or parameter.is_inference():
+        return None
+    device, stream = parameter.device, None
+    if device.type == "cuda":
+        if capturing(device):
+            return None
+        stream = torch.cuda.current_stream(device)
+    elif parameter.is_shared():
+        return None
+    return parameter._version, device, parameter.dtype, parameter.data_ptr(), stream
+
+
+def _log_law(logits: Tensor) -> Tensor:
+    """Return the logarithms of the rows' probabilities, ``(N, K, L)``."""
+    return logits[:, :, 0].to(accumulator(logits.dtype)).log_softmax(-1)
+
+
+def _log_evidence(law: Tensor, fixed: _Constants) -> Tensor:
     """Compute the logarithm of ``sum_v law[v] leaf[v]``, ``(N, K, C)``.
 
     Sums are float64, in which probabilities down to ``exp(-700)`` are positive.
     """
-    total = torch.einsum("nkv,kcv->nkc", law.double().exp(), leaf.double().exp())
+    total = torch.bmm(law.double().exp().transpose(0, 1), fixed.leaf_exp).transpose(0, 1)
     return total.clamp(min=_MIN_EVIDENCE).log().to(law.dtype)
 
 
-def _above(trans: Tensor, below: Tensor) -> Tensor:
-    """Return the evidence of the parent's states ``(N, C)`` from that of the child's."""
-    return (trans + below[:, None]).logsumexp(-1)
+def _scaled(evidence: Tensor) -> Tensor:
+    """Divide the evidence of a node's states ``(N, C)`` by the largest, so that none underflows."""
+    evidence = evidence.clamp(min=_MIN_EVIDENCE)
+    return evidence / evidence.detach().amax(-1, keepdim=True)
 
 
-def _chain(evidence: Tensor, trans: Tensor) -> tuple[Tensor, list[Tensor]]:
-    """Return the evidence ``(N, C)`` of the states of the first position, and of those after each
-    transition, including all later positions."""
-    states = [evidence[:, -1]]
+def _chain(evidence: Tensor, trans: Sequence[Tensor]) -> list[Tensor]:
+    """Return the evidence ``(N, C)`` of the states of each position, including that of all later
+    positions."""
+    own = evidence.unbind(1)
+    states = [own[-1]]
     for k in reversed(range(len(trans))):
-        states.append(evidence[:, k] + _above(trans[k], states[-1]))
-    *below, root = states
-    return root, below[::-1]
+        states.append(_scaled(own[k] * (states[-1] @ trans[k])))
+    return states[::-1]
 
 
-def _tree(evidence: Tensor, trans: Tensor) -> tuple[Tensor, list[Tensor]]:
-    """Return the evidence ``(N, C)`` of the states of the root, and of those of all other inner
-    nodes in pre-order."""
-    below: list[Tensor] = []
+def _tree(evidence: Tensor, trans: Sequence[Tensor]) -> list[Tensor]:
+    """Return the evidence ``(N, C)`` of the states of the root and of all other inner nodes, in
+    pre-order."""
+    own, nodes = evidence.unbind(1), list[Tensor]()
 
     def visit(lo: int, hi: int) -> Tensor:
-        middle, parts = lo + left_size(hi - lo), []
+        """Append a node and all nodes inside it; return the node's evidence."""
+        middle, place = lo + left_size(hi - lo), len(nodes)
+        nodes.append(own[0])  # replaced below
+        parts: list[Tensor] = []
         for first, last in ((lo, middle), (middle, hi)):
             if last - first == 1:
-                parts.append(evidence[:, first])
+                parts.append(own[first])
                 continue
-            node = len(below)
-            below.append(evidence)  # replaced below, after the nodes inside this one
-            below[node] = visit(first, last)
-            parts.append(_above(trans[node], below[node]))
-        return parts[0] + parts[1]
+            inner = len(nodes) - 1  # transitions have no entry for the root
+            parts.append(visit(first, last) @ trans[inner])
+        nodes[place] = _scaled(parts[0] * parts[1])
+        return nodes[place]
 
-    return visit(0, evidence.shape[1]), below
+    visit(0, len(own))
+    return nodes

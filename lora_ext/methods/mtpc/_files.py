@@ -1,7 +1,7 @@
 """Files of a draft: ``mtpc_config.json`` and ``mtpc.safetensors`` in a folder.
 
 The JSON file contains the configuration and the shortlist, the other file the parameters. An
-unembedding equal to the model's is not written; loading reads it from the model. A folder is not
+unembedding equal to the model's is not written; loading reads it from the model. The files are not
 trusted: sizes, names and dtypes are compared with the configuration before memory is allocated.
 """
 
@@ -29,7 +29,7 @@ _BRIDGE, _FACTORS = "bridge.", "tail.factors."
 def write_draft(
     folder: Path, config: MtpcConfig, state: Mapping[str, Tensor], unembedding: Tensor
 ) -> None:
-    """Write both files or neither; ``unembedding`` is the model's, ``(V, D)``."""
+    """Write both files or neither; ``unembedding (V, D)`` is that of the model."""
     kept = dict(state)
     ids = kept.pop(_SHORTLIST, None)
     if config.emission == "adapter":
@@ -68,8 +68,8 @@ def part_dtypes(
         Dtype of each part in the file: "head", "bridge" and "tail".
 
     Raises:
-        ValueError: If keys, shapes or dtypes do not match the configuration; the message names file
-            and key.
+        ValueError: If keys, shapes or dtypes do not match the configuration; the message names the
+            file and the key.
     """
     parts: dict[str, dict[str, TensorInfo]] = {"head": {}, "bridge": {}, "tail": {}}
     for key, info in file.infos.items():
@@ -115,8 +115,8 @@ def part_dtypes(
 
 
 def read_state(file: SafetensorsFile, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return a state dict with the file's values; keys that the file lacks are taken from
-    ``state``, the state dict of a draft with the same configuration."""
+    """Return a state dict with the values in the file. Values that are not in the file are taken
+    from ``state``, the state dict of a draft with the same configuration."""
     infos = file.infos
     own = {k: tuple(t.shape) for k, t in state.items() if k.startswith(_FACTORS)}
     _compare(file.where, own, {k: i.shape for k, i in infos.items() if k.startswith(_FACTORS)})

@@ -1,10 +1,10 @@
 """Request of one call of the decoder, with the arguments of transformers' ``generate``.
 
 Arguments of the call override its ``generation_config``. If neither sets end tokens or padding,
-those of the model's own configuration are used. The sampling settings of that configuration are not
-read, since the decoder has its own settings. The decoder's output has the model's distribution. A
-setting that would change this distribution, or that the decoder does not implement, is not ignored:
-it raises an error that names the setting. :class:`GeneratedRows` applies the request to each row.
+those of the model's own configuration are used. The sampling settings of the model's configuration
+are not read, since the decoder has its own settings. The decoder's output has the model's
+distribution. A setting that would change this distribution, or that the decoder does not implement,
+raises an error that names the setting. :class:`GeneratedRows` applies the request to each row.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _HONOURED = {
 _WITHOUT_EFFECT = {
     "bos_token_id", "decoder_start_token_id", "return_dict_in_generate", "transformers_version",
 }  # fmt: skip
-# Settings without effect if they are 0 (_ZERO), 1 (_ONE) or, if not in _NEUTRAL, False.
+# Settings have no effect with 0 (those in _ZERO), 1 (_ONE), True (use_cache) or False (all others).
 _ZERO = (
     "diversity_penalty", "encoder_no_repeat_ngram_size", "epsilon_cutoff", "eta_cutoff",
     "min_length", "min_new_tokens", "min_p", "no_repeat_ngram_size", "top_k",
@@ -82,7 +82,7 @@ def read_request(
 
     Raises:
         ValueError: If a number is out of range, or a setting is not supported; the message names
-            it.
+            the setting.
         TypeError: If an argument is not a setting of ``generate``.
     """
     settings = _merged_settings(config, arguments)
@@ -181,10 +181,10 @@ def _stop_rule(strings: str | Sequence[str], tokenizer: Any) -> StopRule:
 
 
 class GeneratedRows:
-    """Tokens, stop rules and statistics of every row of ``prompts (B, S)``, on the host.
+    """Tokens and statistics of every row of ``prompts (B, S)``, on the host, up to the row's stop.
 
-    A streamer needs a single row; it receives the prompt, then every token that the row keeps. Rows
-    that are not finished are live. In shapes, ``live`` is the number of these rows.
+    Rows that are not finished are called live; in shapes, ``live`` is their number. A streamer
+    receives the prompt and then every token that the row keeps. A streamer requires a single row.
     """
 
     def __init__(self, prompts: Tensor, request: Request, streamer: Any = None):
@@ -211,7 +211,7 @@ class GeneratedRows:
         Args:
             drafted: drafted tokens ``(live, K)``.
             accepted: ``(live,)``, number of drafted tokens that are kept.
-            token: ``(live,)``, the verifier's token, which follows the kept ones.
+            token: ``(live,)``, the verifier's token, which follows the kept tokens.
             evidence: number of leading tokens of the draft that a row has already.
 
         Returns:

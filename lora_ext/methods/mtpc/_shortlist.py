@@ -22,7 +22,7 @@ from lora_ext._torch import compiles
 
 @dataclass(frozen=True)
 class Shortlist:
-    """Tokens of a vocabulary that have a place.
+    """Tokens of a vocabulary for which a head computes leaves, and their places.
 
     Attributes:
         ids: ``(L,)`` int64, ascending and distinct; None if every token is its own place.
@@ -75,16 +75,16 @@ class Shortlist:
         return (tokens >= 0) & (tokens < self.vocab_size)
 
 
-def looked_at(t: Tensor) -> bool:
-    """Return whether the values of ``t`` can be checked on the host: it is on the CPU, and no graph
-    is being compiled. The ops check the values again when they run."""
+def checkable(t: Tensor) -> bool:
+    """Return whether the values of ``t`` can be checked here: ``t`` is on the CPU, and no graph is
+    being compiled. The ops check the values again when they run."""
     return t.device.type == "cpu" and not compiles()
 
 
 def checked_ids(ids: Tensor | Sequence[int], vocab_size: int) -> Tensor:
     """Return the ids of a shortlist in ascending order, on the CPU.
 
-    Raise unless they are int64, at least 2, distinct and in the vocabulary.
+    Raise unless there are at least 2 ids, which are int64, distinct and in the vocabulary.
     """
     where = "CircuitHead: shortlist: expected"
     if not isinstance(ids, Tensor | Sequence) or isinstance(ids, str):

@@ -1,5 +1,5 @@
-"""Verifier: a causal language model that processes several tokens per pass and may remove some of
-them from its cache. The cache has room for later tokens.
+"""Verifier: a causal language model that processes several tokens per pass and can remove some of
+these tokens from its cache, in which memory is reserved for later tokens.
 
 Shape letters: ``B`` rows, ``Q`` tokens per row in a pass, ``K`` tokens in a window, ``D`` hidden
 width, ``V`` vocabulary.
@@ -24,9 +24,9 @@ def roomy_cache(room: int) -> Any:
     """Return a transformers cache with layers that write new keys and values into preallocated
     buffers.
 
-    transformers' own cache copies the whole past of a layer at every pass. Here ``keys`` and
-    ``values`` of a layer are views of buffers that have ``room`` slots at first. A full buffer is
-    replaced by one of twice the size.
+    transformers' own cache copies all earlier keys and values of a layer at every pass. Here,
+    ``keys`` and ``values`` of a layer are views of buffers that have room for ``room`` tokens at
+    first. A full buffer is replaced by one of twice the size.
     """
     from transformers.cache_utils import Cache, DynamicLayer
 
@@ -55,8 +55,8 @@ def roomy_cache(room: int) -> Any:
             return self.keys, self.values
 
         def fits(self, end: int) -> bool:
-            """Return whether the buffers have ``end`` slots, and the keys are still a view of
-            them."""
+            """Return whether the buffers have room for ``end`` tokens, and ``keys`` is still a view
+            of its buffer."""
             assert self.buffers is not None
             own = self.keys is not None and self.keys.data_ptr() == self.buffers[0].data_ptr()
             return own and self.buffers[0].shape[-2] >= end
@@ -73,7 +73,7 @@ def run_trunk(model: Any, tail: DraftTail | None, **inputs: Any) -> tuple[Tensor
     hidden: list[Tensor] = []
 
     def before_lm_head(_module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-        # With a tail, the first half are the verifier's rows; only they enter the LM head.
+        # With a tail, only the first half of the rows, the verifier's, enters the LM head.
         states, drafting = (args[0], args[0]) if tail is None else args[0].chunk(2)
         hidden.append(drafting)
         return (states, *args[1:])
@@ -86,7 +86,7 @@ def run_trunk(model: Any, tail: DraftTail | None, **inputs: Any) -> tuple[Tensor
 
 
 def cache_argument(model: Any) -> str:
-    """Return the name of the cache argument of the model's forward, which depends on the version of
+    """Return the cache argument's name in the model's forward; names depend on the version of
     transformers."""
     return "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
 
@@ -94,13 +94,13 @@ def cache_argument(model: Any) -> str:
 class Trunk:
     """Sequences of a batch, each with its own length, and the model's cache for them.
 
-    Tokens that a row rejects stay in the cache as slots that the row's attention mask hides, unless
-    all rows reject them. Positions are counted per row. The results of a row are therefore the same
-    as without other rows, up to rounding.
+    If only some rows reject a token at the end, the token stays in the cache, and the attention
+    masks of these rows hide it. Positions are counted per row. The results of a row are therefore
+    the same as without other rows, up to rounding.
 
     Args:
         model: language model of the :class:`SpeculativeDecoder`.
-        tail: its :class:`DraftTail`, or None.
+        tail: :class:`DraftTail` of the decoder, or None.
         input_ids: prompts ``(B, S)`` of the call.
         mask: attention mask ``(B, S)`` of the prompts.
         room: number of tokens that may follow a prompt. Later tokens share the last position and
@@ -108,12 +108,12 @@ class Trunk:
 
     Attributes:
         logits: ``(B, V)``, logits of the last token of the prompt or of :meth:`advance`.
-        hidden: ``(B, D)``, draft hidden state of the last kept token.
+        hidden: ``(B, D)``, hidden state of the last kept token in the draft path.
         passes: number of passes after the prompt.
 
     Raises:
         ValueError: If padding is not on the left, or the model has a sliding window or an attention
-            that counts the slots of the cache (MPT).
+            that computes positions from the length of the cache (MPT).
     """
 
     def __init__(
@@ -124,7 +124,7 @@ class Trunk:
         self.cache = roomy_cache(input_ids.shape[1] + room)
         named = inspect.signature(model.forward).parameters
         self._cache_argument = cache_argument(model)
-        self.mask = mask.long()  # (B, slots)
+        self.mask = mask.long()  # (B, number of tokens in the cache)
         self.length = self.mask.sum(1)  # (B,) number of kept tokens
         self.last = self.length + room - 1
         positions = (self.mask.cumsum(1) - 1).clamp(min=0)
@@ -147,8 +147,8 @@ class Trunk:
             tokens: the window, ``(B, K)``.
             pending: ``(B,)``, one decided token per row that the model processes before the window.
                 If None, the logits for the first token of the window are those in :attr:`logits`,
-                which :meth:`keep` does not update. They may be out of date if that token is already
-                decided, since verification then ignores them.
+                which :meth:`keep` does not update. These logits may be out of date if that token is
+                already decided, since verification then ignores the logits.
 
         Returns:
             ``(B, K + 1, V)``, the logits for the tokens of the window and for the token after it.
@@ -167,8 +167,7 @@ class Trunk:
         self.hidden = self._states[torch.arange(len(kept), device=kept.device), kept]
 
     def _feed(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
-        """Return logits ``(B, Q, V)`` and draft hidden states ``(B, Q, D)`` of the tokens
-        ``(B, Q)``."""
+        """Run the model over tokens ``(B, Q)``; return what :func:`run_trunk` returns."""
         steps = torch.arange(tokens.shape[1], device=tokens.device)
         positions = torch.minimum(self.length[:, None] + steps, self.last[:, None])
         self.mask = torch.cat([self.mask, torch.ones_like(tokens)], 1)
@@ -181,7 +180,7 @@ class Trunk:
         fed = self._fed
         most = int(kept.max())
         if most < fed:
-            self.cache.crop(most - fed)  # a negative argument removes slots at the end
+            self.cache.crop(most - fed)  # a negative argument removes tokens at the end
         slots = self.mask.shape[1] - fed
         steps = torch.arange(most, device=kept.device)
         self.mask = torch.cat([self.mask[:, :slots], (steps < kept[:, None]).long()], 1)
@@ -219,7 +218,7 @@ def _check(model: Any, input_ids: Tensor, attention_mask: Tensor) -> None:
     found = "" if fits else f"zeros after a token: {mask.long().tolist()!r:.200}"
     require(fits, where, "attention_mask", "prompts padded on the left", found)
     alibi = getattr(getattr(config, "attn_config", None), "alibi", False)
-    found = f"ALiBi, which counts the slots of the cache ({config.model_type})"
+    found = f"ALiBi, which counts rejected tokens, too ({config.model_type})"
     require(not alibi, where, "model", "one that uses position_ids", found)
     kinds = getattr(config, "layer_types", None) or ()
     window = getattr(config, "sliding_window", None)

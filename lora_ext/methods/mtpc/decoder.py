@@ -38,9 +38,6 @@ from ._drafting import Steps
 from ._request import GeneratedRows, read_request
 from ._trunk import Trunk
 
-#: How the next window uses the pending token, which the last call has decided and the model has not
-#: processed yet.
-
 
 @dataclass(frozen=True)
 class Generation:
@@ -50,10 +47,8 @@ class Generation:
         sequences: ``(B, S + L)`` int64: ``B`` prompts of ``S`` tokens, each followed by up to ``L``
             new tokens, padded on the right.
         calls: number of verifier passes over a draft while the row was unfinished.
-        accepted: number of drafted tokens that the verifier accepted, counted before the stop
-            rules.
-        emitted: ``accepted`` plus one token of the verifier per call, counted before the stop
-            rules.
+        accepted: number of drafted tokens that the verifier accepted, before stop rules remove any.
+        emitted: ``accepted`` plus one token of the verifier per call.
         passes: total number of passes of the model after the prompts.
         seeds: one seed per row. The same seed reproduces the tokens of a row in any batch.
     """
@@ -81,14 +76,13 @@ class SpeculativeDecoder(Steps):
     """Decoder that drafts windows with ``head`` and verifies each in one pass of ``model``.
 
     In mode "sample", generated tokens have exactly the model's distribution (after temperature and
-    top_p); in mode "greedy", they are the model's greedy tokens. In either mode this holds up to
-    rounding, because tensors in the model's passes have different shapes from those in
-    token-by-token decoding.
+    top_p); in mode "greedy", they are the model's greedy tokens. Both statements hold up to
+    rounding: a pass over several tokens rounds differently from token-by-token decoding.
 
-    Each call, a draft and its verification, accepts a prefix of the draft and adds one token
-    sampled from the verifier. With ``window="condition"`` that token is evidence for the next
-    window, and a call needs one pass of the model. With ``"restart"`` the model first processes
-    that token in a separate pass, and the next call drafts all tokens of its window.
+    A call consists of a draft and its verification. The verification accepts a prefix of the draft
+    and adds one token sampled from the verifier. With ``window="condition"``, this last token is
+    evidence for the next window, and a call needs one pass of the model. With "restart", the model
+    processes the last token in a separate pass, and the next call drafts all tokens of its window.
 
     Generation registers forward hooks on the model, so run one call of :meth:`generate` at a time
     per model.
@@ -100,15 +94,15 @@ class SpeculativeDecoder(Steps):
         window: "condition" or "restart", see above and docs/mtpc.md, "Decoding".
         temperature: softmax temperature of the model's distribution, above 0.
         top_p: probability mass of the nucleus, in (0, 1].
-        tail: :class:`DraftTail` of the draft path, if the head was trained with one.
+        tail: :class:`DraftTail` of the draft path, if the head was trained with a tail.
         bridge: :class:`TokenBridge` that advances the hidden state by the pending token, if the
-            head was trained with one. A window then starts after that token, and the first token
-            after the prompt is sampled from the verifier without a draft.
+            head was trained with a bridge. A window then starts after that token, and the first
+            token after the prompt is sampled from the verifier without a draft.
         chain: number of consecutive windows of n tokens that a call drafts; more than 1 requires a
             bridge.
         constraint: constraint that every row satisfies at the end of its budget, or a list with one
             (or None) per row. docs/control.md defines the distribution of constrained rows.
-        guide: model of future tokens, which constraints use.
+        guide: model of future tokens that constraints use, see docs/control.md.
 
     Raises:
         ValueError: If a setting is out of range, or if the width or the vocabulary of the head
@@ -159,13 +153,13 @@ class SpeculativeDecoder(Steps):
                 in ``generation_config``.
             eos_token_id: one or more tokens that end a row; default is the value in
                 ``generation_config``, otherwise that of the model.
-            pad_token_id: token that pads rows that end early; default as for ``eos_token_id``,
-                otherwise an end token.
+            pad_token_id: token that pads rows that end early; default as for ``eos_token_id``, or
+                an end token if there is no such value.
             seed: None, an integer or one integer per row. With None, the seeds of the rows come
-                from torch's global generator, so ``torch.manual_seed`` makes a call repeatable. One
-                integer is expanded to a different seed for each row; neighbouring integers have no
-                row seed in common. Seeds per row may come from :attr:`Generation.seeds`. The tokens
-                of a row depend on its seed, not on other rows.
+                from torch's global generator, so ``torch.manual_seed`` makes a call repeatable. A
+                single integer is expanded to a different seed for each row; different integers give
+                different seeds. Seeds per row may come from :attr:`Generation.seeds`. The tokens of
+                a row depend on the row's seed, not on other rows.
             generation_config: transformers ``GenerationConfig``. Its ``do_sample``, ``temperature``
                 and ``top_p`` replace the decoder's settings for this call. These settings in the
                 model's own configuration are ignored.

@@ -28,7 +28,7 @@ from lora_ext.layers import IGNORE
 from ._config import EmissionName, Evidence, Kind, check_structure
 from ._emission import EMISSIONS, LeafSizes, SumWeights
 from ._evidence import SharedCircuit
-from ._shortlist import Shortlist, checked_ids, looked_at
+from ._shortlist import Shortlist, checkable, checked_ids
 
 # Initial weights are uniform in ± _INIT_BOUND / sqrt(D), so that the size of the first logits does
 # not depend on D. For D = 4096, the bound is that of the authors.
@@ -63,20 +63,24 @@ def _rename(keys: Any, _head: Any, state_dict: dict[str, Any], prefix: str, *_: 
             state_dict[prefix + new] = state_dict.pop(prefix + old)
 
 
-def _check_room(emission: EmissionName, sizes: LeafSizes, **options: Any) -> None:
-    """Raise ValueError if the device has too little free memory for the leaves; the message
-    suggests smaller settings."""
-    free = free_bytes(options["device"])
+def _check_room(
+    emission: EmissionName, sizes: LeafSizes, shared: int, dtype: torch.dtype, device: Any
+) -> None:
+    """Raise ValueError if the device has too little free memory for the leaves and the ``shared``
+    leaf logits; the message suggests smaller settings."""
+    free = free_bytes(device)
     if free is None:
         return
-    leaves = EMISSIONS[emission](sizes, **{**options, "device": "meta"})
+    leaves = EMISSIONS[emission](sizes, dtype=dtype, device="meta")
     wanted = sum(t.nbytes for t in (*leaves.parameters(), *leaves.buffers()))
+    wanted += shared * dtype.itemsize
     k, c, num_leaves, width, _ = sizes
     smaller = "a shortlist or a smaller n_token and rank"
     if emission != "adapter":
         smaller = f'emission="adapter", {smaller}'
     expected = f"leaves that fit into the free memory of {free / 1e9:.1f} GB"
     size = f"{k} positions x {c} components x {num_leaves} tokens x width {width}"
+    size += f" and {shared} shared leaf logits" if shared else ""
     found = f"{emission!r} of {size}, which takes {wanted / 1e9:.1f} GB; use {smaller}"
     require(wanted <= free, "CircuitHead", "emission", expected, found)
 
@@ -87,7 +91,7 @@ class CircuitHead(nn.Module):
     Shape letters: ``N`` rows, ``D`` hidden width, ``K`` positions, ``C`` components, ``V``
     vocabulary, ``L`` tokens of the shortlist (without one ``L = V``), ``M`` transition matrices. A
     leaf is the distribution of one token given one component, ``softmax(logits)``; the weights of a
-    sum are ``softmax(w @ h)``:
+    sum are ``softmax(w @ h)`` with a parameter ``w``:
 
     ============  ===========================================  ================================
     emission      logits of position k, component z            parameters
@@ -101,11 +105,11 @@ class CircuitHead(nn.Module):
     ============  ===========================================  ================================
 
     The submodule ``leaves`` contains these parameters, and ``sums`` contains ``prior``, ``trans``
-    and ``trans_bias``. All of them are also attributes of the head, and have these names in its
-    state dict.
+    and ``trans_bias``. All these parameters are also attributes of the head, and have these names
+    in its state dict.
 
     Methods accept hidden states ``(..., D)`` and windows ``(..., K)`` with the same leading
-    dimensions; results have these dimensions, too. A token :data:`IGNORE` is marginalised.
+    dimensions; results have these dimensions, too. Tokens equal to :data:`IGNORE` are marginalised.
 
     Args:
         hidden_size: ``D``, width of the hidden states.
@@ -116,19 +120,18 @@ class CircuitHead(nn.Module):
         emission: way to compute the leaves, see the table. ``full`` for small vocabularies,
             ``adapter`` for large ones.
         adapter_rank: ``R``, rank of each adapter of emission ``adapter``, at least 1.
-        contextual: whether transitions depend on ``h``; otherwise they are free parameters.
+        contextual: whether transitions depend on ``h``; if False, transitions are free parameters.
         share_transitions: whether to use one transition matrix instead of ``M``.
         init_identity: whether transitions initially keep the state with probability 0.99, so that
-            an HMM or tree starts near the mixture CP; otherwise they start near uniform.
-        evidence: if ``"soft"``, the emission computes only one vector of logits per position, which
-            conditions one circuit that all rows share: ``q(x) = S(x) prod_k exp(l_k[x_k]) / Z``.
-            The sums of S are free parameters, whatever ``contextual`` is, and so are its leaf
-            logits ``leaf (K, C, L)``.
+            an HMM or tree starts near the mixture CP; if False, transitions start near uniform.
+        evidence: if ``"soft"``, the emission computes only one vector of logits ``l_k`` per
+            position. These logits condition a circuit S that all rows share: ``q(x) = S(x) prod_k
+            exp(l_k[x_k]) / Z``. The leaf logits ``leaf (K, C, L)`` and the sums of S are free
+            parameters for any value of ``contextual``.
         shortlist: ``(L,)`` int64, at least 2 distinct ids of the tokens that have leaves. All other
-            tokens have probability exactly 0, without parameters or products. As evidence they are
-            impossible: tokens after such a token have log-probability ``-inf``. Default is the
-            whole vocabulary. The ids are a buffer: after ``to_empty()`` they are undefined until a
-            state dict is loaded.
+            tokens have probability exactly 0 and need no parameters. Tokens after such a token have
+            log-probability ``-inf``. Default is the whole vocabulary. The ids are a buffer: after
+            ``to_empty()``, they are undefined until a state dict is loaded.
         dtype: dtype of the parameters: float16, bfloat16, float32 or float64.
         device: device of the parameters.
 
@@ -137,7 +140,7 @@ class CircuitHead(nn.Module):
             other than 1, or soft evidence; if ``hmm`` or ``btree`` has rank or n_token below 2; if
             the shortlist has fewer than 2 tokens, a repeated token or one outside the vocabulary;
             or if the leaves are larger than the free memory.
-        NotImplementedError: If ``dtype`` is not one of these.
+        NotImplementedError: If ``dtype`` is none of these dtypes.
 
     Source: arXiv 2511.11346 and its code; ``adapter`` is our addition (docs/mtpc.md). The shortlist
     for the draft is from FR-Spec (arXiv 2502.14856).
@@ -182,7 +185,8 @@ class CircuitHead(nn.Module):
         options: dict[str, Any] = {"dtype": dtype, "device": device}
         sizes = LeafSizes(n_token, rank, self.num_leaves, hidden_size, adapter_rank)
         of_leaves = sizes._replace(rank=1) if evidence == "soft" else sizes
-        _check_room(emission, of_leaves, **options)  # before any memory is allocated
+        shared = math.prod(sizes[:3]) if evidence == "soft" else 0
+        _check_room(emission, of_leaves, shared, **options)  # before any memory is allocated
         self.leaves = EMISSIONS[emission](of_leaves, **options)
         starts = share_transitions, init_identity
         self.sums: SumWeights = (
@@ -190,7 +194,7 @@ class CircuitHead(nn.Module):
             if evidence == "soft"
             else SumWeights(kind, sizes, contextual, *starts, **options)
         )
-        # A state dict contains the parts' parameters under the head's names.
+        # In a state dict, parameters of `leaves` and `sums` have names without these prefixes.
         self.register_state_dict_post_hook(partial(_rename, _FLAT))
         self.register_load_state_dict_pre_hook(partial(_rename, _NESTED))
         self.reset_parameters()
@@ -228,8 +232,8 @@ class CircuitHead(nn.Module):
 
         ``full``: every component of position k is set to block k; positions beyond the blocks keep
         their values. ``expander``: the unembedding is a copy of block 0. ``adapter``: the
-        unembedding is block 0 itself; without a shortlist, and if dtype and device agree, it shares
-        the model's memory.
+        unembedding is block 0 itself; without a shortlist, and if dtype and device agree, the head
+        shares the model's memory.
 
         Args:
             weight: unembedding ``(num_blocks * V, D)``, one block per position that the model
@@ -237,7 +241,7 @@ class CircuitHead(nn.Module):
             num_blocks: number of these positions.
 
         Raises:
-            ValueError: If ``weight`` has another shape, or ``num_blocks`` is below 1.
+            ValueError: If ``weight`` has the wrong shape, or ``num_blocks`` is below 1.
         """
         where = "CircuitHead.init_from_lm_head"
         shape = (self.vocab_size, self.hidden_size)
@@ -262,8 +266,8 @@ class CircuitHead(nn.Module):
     def circuit(self, h: Tensor) -> Circuit:
         """Return the circuits of all rows of ``h (..., D)``, as arguments of the circuit ops.
 
-        They contain ``N K C V`` logits, so call this method for few rows only. Tokens outside the
-        shortlist have the logit ``-inf``.
+        The circuits contain ``N K C V`` logits, so call this method for few rows only. Tokens
+        outside the shortlist have the logit ``-inf``.
         """
         listed, circuit = self.listed, self.narrow_circuit(h)
         return circuit if listed.ids is None else circuit._replace(leaf=listed.widen(circuit.leaf))
@@ -283,8 +287,8 @@ class CircuitHead(nn.Module):
         The last entry is the log-probability of the whole window. If the window has a token outside
         the shortlist, the entries of this and all later positions are ``-inf``.
 
-        The result is differentiable. It stores ``N K C`` numbers and one chunk of bounded size, but
-        no logits over the whole vocabulary.
+        The result is differentiable. The method stores ``N K C`` numbers and one chunk of bounded
+        size, but no logits over the whole vocabulary.
 
         Args:
             h: hidden states ``(..., D)``, floating-point.
@@ -322,7 +326,7 @@ class CircuitHead(nn.Module):
         require(fits, "CircuitHead", "k", expected, tuple(k.shape))
         k = k.expand(shape).reshape(-1)
         wrong = (k < 0) | (k >= self.n_token)
-        if looked_at(k) and bool(wrong.any()):
+        if checkable(k) and bool(wrong.any()):
             expected, found = f"positions in [0, {self.n_token})", int(k[wrong][0])
             raise ValueError(f"CircuitHead: k: expected {expected}, found {found}")
         dist = ops.circuit_conditional_dist(self.kind, *self.circuit(rows), tokens, k)
@@ -343,8 +347,8 @@ class CircuitHead(nn.Module):
             evidence: ``(..., K)`` int64: known tokens at the first positions, :data:`IGNORE` at all
                 others.
             generator: generator of the random numbers, on the device of ``h``.
-            uniforms: ``(..., K, 2)`` numbers in [0, 1) to use instead of random ones; equal numbers
-                give equal tokens.
+            uniforms: ``(..., K, 2)`` numbers in [0, 1) to use instead of random numbers; equal
+                numbers give equal tokens.
 
         Returns:
             tokens ``(..., K)`` int64, and their conditional log-probabilities ``(..., K)``.
@@ -405,7 +409,7 @@ class CircuitHead(nn.Module):
         require(x.dtype == torch.int64, "CircuitHead", "tokens", "int64", x.dtype, TypeError)
         shape, found = (*h.shape[:-1], self.n_token), tuple(x.shape)
         require(found == shape, "CircuitHead", "tokens", f"shape {shape}", found)
-        if looked_at(x):
+        if checkable(x):
             wrong = ((x < 0) | (x >= self.vocab_size)) & (x != IGNORE)
             if bool(wrong.any()):
                 expected, found = f"ids in [0, {self.vocab_size}) or {IGNORE}", int(x[wrong][0])
@@ -429,9 +433,9 @@ class CircuitHead(nn.Module):
         if evidence is None:
             return None
         given = self.tokens(h, evidence)
-        if looked_at(given) and bool(((given[:, 1:] >= 0) & (given[:, :-1] < 0)).any()):
-            found = f"{given.tolist()!r:.200}"
-            raise ValueError(f"CircuitHead: evidence: expected -1 only at the end, found {found}")
+        if checkable(given) and bool(((given[:, 1:] >= 0) & (given[:, :-1] < 0)).any()):
+            found = f"found {evidence.tolist()!r:.200}"
+            raise ValueError(f"CircuitHead: evidence: expected {IGNORE} only at the end, {found}")
         return given
 
     def extra_repr(self) -> str:

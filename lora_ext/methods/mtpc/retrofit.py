@@ -29,8 +29,8 @@ from .windows import unfold_teacher, unfold_windows, window_loss
 class Draft(nn.Module):
     """Modules that draft for a frozen model; only their parameters are trained and saved.
 
-    :func:`retrofit` creates a draft. Train it with ``loss(ids)``, generate text with
-    ``decoder().generate(ids)``, and store it with ``save`` and ``load``.
+    :func:`retrofit` creates a draft. Train the draft with ``loss(ids)``, generate text with
+    ``decoder().generate(ids)``, and store and restore the draft with ``save`` and ``load``.
 
     Shape letters: ``B`` sequences, ``S`` tokens per sequence, ``D`` hidden width.
 
@@ -75,8 +75,9 @@ class Draft(nn.Module):
             labels: target ids ``(B, S)``, aligned with the inputs; -100 for tokens that are not
                 predicted. Default is ``input_ids``.
             attention_mask: mask ``(B, S)``; tokens with 0 are not targets, and nothing is predicted
-                from them.
-            eos_id: id of the token that ends a document of a packed batch; no window crosses it.
+                from these tokens.
+            eos_id: id of the token that ends a document of a packed batch; windows end at this
+                token.
         """
         labels = input_ids if labels is None else labels
         if attention_mask is not None:
@@ -109,7 +110,7 @@ class Draft(nn.Module):
 
         Args:
             hidden: hidden states ``(B, S, D)``.
-            input_ids: token ids ``(B, S)``; beyond their end, token 0 is used.
+            input_ids: token ids ``(B, S)``; token 0 is used beyond the end of a sequence.
         """
         if self.bridge is None:
             return [hidden]
@@ -155,14 +156,14 @@ class Draft(nn.Module):
 
     @classmethod
     def load(cls, model: Any, folder: str | os.PathLike[str]) -> Draft:
-        """Load a draft that :meth:`save` has written, for ``model``; the folder is not trusted.
+        """Load a draft that :meth:`save` wrote for ``model``; the files may be untrusted.
 
-        Head, bridge and tail have the dtypes in which they were saved, and the model's device.
+        Head, bridge and tail get the dtypes in which they were saved, and the model's device.
         Memory is allocated only for shapes that the file contains.
 
         Raises:
-            ValueError: If the folder does not contain such a draft, or the model has another width,
-                vocabulary or layers. The message names file and key, and the model is unchanged.
+            ValueError: If the folder does not contain such a draft, or the model has the wrong
+                width, vocabulary or layers. The message names file and key; the model is unchanged.
         """
         folder = Path(folder)
         config, shortlist = read_draft_config(folder)
@@ -193,9 +194,9 @@ def retrofit(
 ) -> Draft:
     """Freeze a transformers causal LM and create a circuit head that drafts for it.
 
-    The head is initialised from the LM head, and has its dtype and device. With ``draft_layers``,
-    LoRA for the draft path is added to the last layers in place; the outputs of the model itself do
-    not change.
+    The circuit head is initialised from the LM head, and has the LM head's dtype and device. With
+    ``config.draft_layers``, LoRA for the draft path is added to the last layers in place; the
+    outputs of the model itself do not change.
 
     Args:
         model: causal LM that computes its logits by applying its output embeddings to the last

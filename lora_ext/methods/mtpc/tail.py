@@ -1,6 +1,6 @@
-"""Last layers of the draft path: the verifier's layers with LoRA, computed in the same pass.
+"""Last layers of the draft path, which computes the hidden states that the circuit head reads.
 
-The draft path computes the hidden states from which the circuit head drafts.
+These layers are the verifier's own layers with LoRA, and are computed in the verifier's pass.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ NAME = "draft"
 class DraftTail(nn.Module):
     """LoRA on the linear layers of the last K layers, for rows of the draft path only.
 
-    The layers are not copied. :meth:`beside_the_verifier` duplicates the rows that enter them, and
-    the second half uses the adapter. Outside the ``with`` blocks of the methods, the model's
-    outputs do not change.
+    The layers are not copied. :meth:`beside_the_verifier` duplicates the rows that enter the
+    layers, and the second half of the rows uses the adapter. Outside the ``with`` blocks of the
+    methods, the model's outputs do not change.
 
-    The model's modules are replaced in place; :meth:`remove` restores them.
+    The model's modules are replaced in place; :meth:`remove` restores the originals.
 
     Args:
         model: transformers causal LM.
@@ -52,7 +52,7 @@ class DraftTail(nn.Module):
         require(fits, "DraftTail", "num_layers", f"a number from 1 to {len(stack)}", num_layers)
         found = "an attached model; detach it, or draft with only a head (draft_layers=0)"
         require(pool_of(model) is None, "DraftTail", "model", "a model without a pool", found)
-        # Not registered as children: they belong to the model.
+        # Not registered as children, since these layers belong to the model.
         self.__dict__["_model"], self.__dict__["_layers"] = model, list(stack)[-num_layers:]
         inside = {module for layer in self._layers for module in layer.modules()}
         replacements: dict[str, nn.Module] = {}
@@ -122,8 +122,8 @@ class DraftTail(nn.Module):
     def _own_factors(self) -> Iterator[None]:
         """Make the layers use this module's parameters in a ``with`` block.
 
-        Loading a state dict by assignment replaces parameters permanently; ``torch.func`` replaces
-        them for one call.
+        The parameters may have been replaced: permanently by ``load_state_dict(assign=True)``, or
+        for one call by ``torch.func``.
         """
         before: list[tuple[Any, Any]] = []
         for holder, factor in zip(self._holders, self.factors, strict=True):

@@ -1,4 +1,4 @@
-"""Training windows and their loss. The window of a position is the next K tokens of its document.
+"""Training windows and their loss. The window of a token is the next K tokens of its document.
 
 ``c_k = log q(x_k | x_<k, h)`` is the head's log-probability of the target at position k of a
 window, ``p_k`` is the frozen model's distribution at that position, and b is the index of a window.
@@ -37,7 +37,7 @@ def unfold_windows(
     """Return the window of every position: ``w[b, t, k] = labels[b, t + k]``.
 
     Targets beyond the sequence, or after an end-of-sequence token in the window, are set to
-    ``ignore``; the end token itself is predicted. No window therefore crosses into the next
+    ``ignore``; the end token itself is a target. Therefore no window contains targets of the next
     document of a packed sequence.
 
     Args:
@@ -134,7 +134,7 @@ def window_loss(
         head: the circuit head.
         h: hidden states ``(..., D)``.
         windows: targets ``(..., K)``, from :func:`unfold_windows`. Tokens outside the shortlist are
-            marginalised, like ignored ones.
+            marginalised, like ignored tokens.
         gamma: discount per position of a window, in (0, 1].
         beta: weight of the distillation, in [0, 1].
         teacher_logits: logits ``(..., K, V)`` of the verifier, from :func:`unfold_teacher`;
@@ -147,7 +147,7 @@ def window_loss(
 
     Raises:
         ValueError: If gamma or beta is out of range, if the teacher's logits are missing or have
-            another shape, or as for :meth:`CircuitHead.log_prob`.
+            the wrong shape, or as for :meth:`CircuitHead.log_prob`.
     """
     require(0 < gamma <= 1, "window_loss", "gamma", "a number in (0, 1]", gamma)
     require(0 <= beta <= 1, "window_loss", "beta", "a number in [0, 1]", beta)

@@ -1,5 +1,5 @@
-"""Planning versus reasoning: two tasks with a solver and scores, effective ranks of adapters, and
-an ablation of the rank.
+"""Planning versus reasoning: two synthetic tasks with a solver and scores, effective ranks of
+trained adapters, and a sweep over ranks.
 
 Source: "Planning vs Reasoning: Ablations to Test Capabilities of LoRA layers" (arXiv 2412.00029).
 """

@@ -1,5 +1,5 @@
-"""Ranks of adapters: an ablation over the rank and the number of adapted blocks, and a monitor that
-records ranks and norms of updates during training."""
+"""Sweep over the rank of an adapter and the number of adapted blocks, and a monitor that records
+the rank and the norm of each layer's update during training."""
 
 from __future__ import annotations
 
@@ -31,30 +31,30 @@ Task = TypeVar("Task")
 def select_modules(
     model: nn.Module, suffixes: Sequence[str] = ("mlp.c_proj",), last_n: int | None = None
 ) -> list[str]:
-    """Select the modules to adapt by the ends of their names, optionally only in the last blocks.
+    """Return the names of the modules to adapt, selected by the ends of the names.
 
     Args:
         model: module with numbered blocks such as ``h.0`` and ``h.1``.
         suffixes: full names of modules, or endings of names that begin after a dot.
-        last_n: number of last blocks whose modules are selected, including blocks without a
-            matching module; None selects all modules. If the model has several stacks of blocks,
-            this many last blocks of each stack are used.
+        last_n: number of last blocks to select from; blocks without a matching module are counted
+            as well. If the model has several stacks of blocks, the last ``last_n`` blocks of each
+            stack are used. None selects matching modules of the whole model.
 
     Returns:
-        Full names in the model's order, for ``LoraConfig(target_modules=...)``.
+        Full names in the order of ``named_modules()``, for ``LoraConfig(target_modules=...)``.
 
     Raises:
-        ValueError: If no module has such a name, or ``last_n`` is not between 1 and the number of
-            blocks.
+        ValueError: If ``suffixes`` match no module, or ``last_n`` is not between 1 and the number
+            of blocks.
     """
     where = "select_modules"
     suffixes = (suffixes,) if isinstance(suffixes, str) else tuple(suffixes)
     names = [name for name, _ in model.named_modules()]
     found = [name for name in names if matches_suffix(name, suffixes)]
-    require(found, where, "suffixes", f"ends of names in a {type(model).__name__}", suffixes)
+    require(found, where, "suffixes", f"endings of names in {type(model).__name__}", suffixes)
     if last_n is None:
         return found
-    places: dict[str, tuple[str, int]] = {}  # module: stack and index of its block
+    places: dict[str, tuple[str, int]] = {}  # module name to its block's stack and index
     depths: dict[str, int] = {}
     for name in names:
         if (block := block_name(name)) is not None:
@@ -69,7 +69,7 @@ def select_modules(
 
 @dataclass(frozen=True)
 class SweepPoint:
-    """Setting of a sweep, and the results of this setting.
+    """Setting of :func:`rank_sweep` with its results.
 
     Attributes:
         rank: rank of the adapter.
@@ -86,7 +86,7 @@ class SweepPoint:
     report: RankReport
 
     def mean(self, figure: str) -> float:
-        """Return the mean of a figure of the report, such as ``"entropy"``, over the modules."""
+        """Return the mean over all modules of one value of the report, such as ``"entropy"``."""
         return sum(row[figure] for row in self.report) / len(self.report)
 
 
@@ -103,7 +103,7 @@ def rank_sweep(
     init_lora_weights: bool | str = "gaussian",
     **report: Any,
 ) -> list[SweepPoint]:
-    """Train one adapter per number of adapted blocks and rank, each on a new base model.
+    """Train one adapter per pair of rank and number of adapted blocks, each on a new base model.
 
     Args:
         make_model: function that returns a new base model at every call.
@@ -152,12 +152,13 @@ def rank_sweep(
 class RankMonitor:
     """Context manager that records the norm and the participation rank of every layer's update.
 
-    The update of a layer is ``scaling * B A``; with its singular values s, the participation rank
-    is ``(sum s^2)^2 / sum s^4``. Train in ``with monitor:``, then read :attr:`history`.
-    The adapted layers of :mod:`lora_ext.nn` and of PEFT are supported. A record is made before a
-    forward and reads each factor once, in one call of :func:`lora_ext.ops.lora_gram`, without a
-    decomposition. The values stay on the device until they are read. The model's outputs do not
-    change, and the hook is removed after the block. Forwards of a compiled model are not recorded.
+    The update of a layer is ``scaling * B A``. If s are the singular values of the update, its
+    participation rank is ``(sum s^2)^2 / sum s^4``. Train in ``with monitor:``, then read
+    :attr:`history`. The adapted layers of :mod:`lora_ext.nn` and of PEFT are supported. The values
+    are computed before a forward with one call of :func:`lora_ext.ops.lora_gram`, which needs no
+    singular value decomposition. They stay on the device until :attr:`history` is read. The model's
+    outputs do not change. The end of the ``with`` block removes the hook. Forwards of a compiled
+    model are not recorded.
 
     Args:
         model: model that contains the layers, or one layer.
@@ -212,10 +213,10 @@ class RankMonitor:
     @torch.no_grad()
     def _record(self) -> None:
         pairs = [adapter_factors(layer, self.adapter) for layer in self._layers.values()]
-        # Float32 sums would lose the norm of a product whose factors nearly cancel.
+        # In float32, the norm would be inaccurate if large terms of the product nearly cancel.
         found = ops.lora_gram([a for a, _ in pairs], [b for _, b in pairs], dtype=torch.float64)
         grams = dict(zip(self._layers, zip(*found, strict=True), strict=True))
-        alike: dict[Any, list[str]] = {}  # by rank and device, computed together
+        alike: dict[Any, list[str]] = {}  # layers of equal rank and device are computed together
         for name, (gram, _) in grams.items():
             alike.setdefault((gram.shape, gram.device), []).append(name)
         figures: dict[str, tuple[Tensor, Tensor]] = {}

@@ -1,5 +1,5 @@
-"""Encoding of the two tasks with one id per hash, and a small model that learns them on a CPU in a
-minute."""
+"""Encoding of the HashHop and HashChain tasks with one id per hash, and a small model that learns
+these tasks on a CPU in a minute."""
 
 from __future__ import annotations
 
@@ -19,20 +19,20 @@ from .tasks import HashInstance
 
 
 def encode_symbols(instance: HashInstance, vocab: int) -> dict[str, Any]:
-    """Encode an instance with distinct random ids from ``0 .. vocab - 1`` for its hashes.
+    """Encode an instance: each hash becomes a distinct random id in ``0 .. vocab - 1``.
 
-    The ids depend only on the prompt, so that an instance is always encoded in the same way.
+    The ids depend only on the instance's prompt, so equal instances have equal encodings.
 
     Args:
-        instance: instance of either task, with E edges.
+        instance: instance of HashHop or HashChain, with E edges.
         vocab: number of ids to choose from.
 
     Returns:
         Dictionary of ``keys`` and ``values``, tensors ``(E,)`` int64 in the order of the edges, and
-        the ints ``start``, ``target`` and ``aux``, the number of hops (0 for the chain task).
+        the ints ``start``, ``target`` and ``aux``. ``aux`` is the number of hops (0 for HashChain).
 
     Raises:
-        ValueError: If there are more hashes than ids.
+        ValueError: If the instance has more than ``vocab`` hashes.
     """
     hashes = list(dict.fromkeys(name for edge in instance.edges for name in edge))
     expected = f"at least {len(hashes)}, the number of hashes of the instance"
@@ -53,7 +53,7 @@ def collate_symbols(instances: Sequence[HashInstance], vocab: int) -> dict[str, 
 
     Args:
         instances: B instances of one task, with at most E edges.
-        vocab: number of ids for hashes.
+        vocab: number of ids to choose from.
 
     Returns:
         Dictionary of int64 tensors: ``keys`` and ``values`` ``(B, E)``, padded with ``IGNORE``;
@@ -69,16 +69,16 @@ def collate_symbols(instances: Sequence[HashInstance], vocab: int) -> dict[str, 
 
 
 class SymbolModel(nn.Module):
-    """Small transformer over the edges of a map, with one position per edge.
+    """Small transformer that answers encoded instances, with one position per edge.
 
     The embedding of an edge is the sum of the embeddings of its key and its value. The last
-    position is the question. Its embedding is the sum of the embeddings of the start as a key, of
-    "no value", and of ``aux``. All positions attend to each other. There are no position
-    embeddings, since the order of the edges has no meaning. The logits are computed from the last
-    position. Shapes: B instances, E edges.
+    position contains the question: the sum of the embeddings of the start (as a key), of "no
+    value", and of the number of hops (``aux``). The logits are computed from this position. All
+    positions attend to each other. There are no position embeddings, since the order of the edges
+    has no meaning. Shapes: B instances, E edges.
 
     Args:
-        vocab: number of ids of hashes.
+        vocab: number of hash ids.
         max_aux: largest value of ``aux``.
         width: number of features of the hidden state; the MLPs are four times as wide.
         layers: number of blocks.
@@ -104,7 +104,7 @@ class SymbolModel(nn.Module):
 
         Args:
             keys, values: edges, ``(B, E)`` int64.
-            start, aux: questions, ``(B,)`` int64.
+            start, aux: start and number of hops of each question, ``(B,)`` int64.
             target: not used; it is accepted so that a batch can be passed unchanged.
 
         Returns:

@@ -27,7 +27,7 @@ _PROMPT = re.compile(
 
 @dataclass(frozen=True)
 class HashInstance:
-    """Question and answer of a task.
+    """One question of HashHop or HashChain, with its answer.
 
     Attributes:
         prompt: text of the question, which ends with ``Target:``.
@@ -59,8 +59,9 @@ class _Task(Dataset[HashInstance]):
         require(num_samples >= 0, name, "num_samples", "at least 0", num_samples)
         require(hash_length >= 1, name, "hash_length", "at least 1", hash_length)
         possible = len(ALPHABET) ** hash_length
-        # Hashes are redrawn until distinct, which is quick if at most half of all hashes are used.
-        expected = f"at least {2 * needed} possible hashes, twice the number per instance"
+        # _hashes draws until all hashes are distinct. If at most half of the possible hashes are
+        # needed, this takes few draws.
+        expected = f"a length with at least {2 * needed} possible hashes, twice those in use"
         found = f"{hash_length}, which gives {possible}"
         require(2 * needed <= possible, name, "hash_length", expected, found)
         self.num_samples, self.hash_length, self.seed = num_samples, hash_length, seed
@@ -93,8 +94,8 @@ class _Task(Dataset[HashInstance]):
 class HashHop(_Task):
     """Planning task: find the hash that is k hops along a single chain.
 
-    ``k`` is uniform in ``1 .. max_hops``. If the chain has fewer than k edges, the answer is its
-    last hash.
+    ``k`` is drawn uniformly from ``1 .. max_hops``. If the chain has fewer than k edges, the answer
+    is its last hash.
 
     Args:
         num_samples: number of instances.
@@ -105,7 +106,7 @@ class HashHop(_Task):
         seed: seed of the instances.
 
     Raises:
-        ValueError: If a number is too small, or an instance would need more than half of all
+        ValueError: If an argument is too small, or an instance would need more than half of all
             possible hashes.
 
     Warns:
@@ -164,7 +165,7 @@ class HashChain(_Task):
         seed: seed of the instances.
 
     Raises:
-        ValueError: If a number is too small, there are too few lengths, the shortest chain would
+        ValueError: If an argument is too small, there are too few lengths, the shortest chain would
             not be unique, or an instance would need more than half of all possible hashes.
 
     Sources: arXiv 2412.00029, its code (neelr/lora-reasoning-experiments).
@@ -197,10 +198,8 @@ class HashChain(_Task):
         super().__init__(num_samples, hash_length, seed, 1 + largest - num_chains)
 
     def _longest(self, lengths: Sequence[int], shortest: int) -> int:
-        """Return the largest possible sum of the chains' lengths if the smallest is ``shortest``.
-
-        ``lengths`` are the allowed lengths in ascending order.
-        """
+        """Return the largest possible sum of the chains' lengths if the smallest is ``shortest``;
+        ``lengths`` are the allowed lengths in ascending order."""
         above = [c for c in lengths if c > shortest]
         count = self.num_chains - 1
         return shortest + (sum(above[-count:]) if count <= len(above) else count * above[-1])
@@ -217,7 +216,7 @@ class HashChain(_Task):
 
     def _make(self, rng: random.Random) -> HashInstance:
         lengths = self._lengths(rng)
-        assert lengths[0] < lengths[1], f"HashChain: lengths {lengths} have no single shortest"
+        assert lengths[0] < lengths[1], f"HashChain: expected one shortest chain, found {lengths}"
         start, *rest = self._hashes(rng, 1 + sum(lengths) - self.num_chains)
         edges: list[tuple[str, str]] = []
         ends: list[str] = []
@@ -238,11 +237,11 @@ def _prompt(edges: Sequence[tuple[str, str]], start: str, question: str) -> str:
 def solve(instance: HashInstance | str) -> str:
     """Return the answer to a prompt.
 
-    In the hop task, k edges are followed from the start (k is the number of hops). In the chain
-    task, a breadth-first search finds the nearest end.
+    For the hop task, follow k edges from the start (k is the number of hops). For the chain task,
+    find the nearest end of a chain by breadth-first search.
 
     Args:
-        instance: prompt, or instance, of which only the prompt is read.
+        instance: prompt, or an instance whose prompt is used.
 
     Raises:
         ValueError: If the text is not a prompt of either task, or has no unique answer.

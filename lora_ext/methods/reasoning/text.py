@@ -1,4 +1,5 @@
-"""The two tasks as text: training batches for a language model, and the accuracy of its answers."""
+"""The HashHop and HashChain tasks as text: training batches for a language model, and the accuracy
+of its answers."""
 
 from __future__ import annotations
 
@@ -31,8 +32,8 @@ def collate(
 ) -> dict[str, Tensor]:
     """Tokenise a training batch: prompt, answer, end-of-text token, and padding on the right.
 
-    Rows are not truncated. Unlike in :func:`evaluate`, their lengths are not compared with the
-    model's context.
+    Rows are not truncated, and their lengths are not compared with the model's context (unlike in
+    :func:`evaluate`).
 
     Args:
         tokenizer: transformers tokenizer with an end-of-text token.
@@ -75,12 +76,12 @@ def evaluate(
 ) -> dict[str, Any]:
     """Generate the answers of a model greedily and compute their accuracy.
 
-    The published code samples instead, and prevents the answer from repeating a pair of tokens of
-    the prompt, although the prompt contains the answer.
+    In contrast, the published code samples answers, and does not allow an answer to repeat a pair
+    of tokens from the prompt, although the prompt contains the answer.
 
     Args:
-        model: model with the ``generate`` method of transformers. It runs in evaluation mode, and
-            its mode is restored afterwards.
+        model: model with the ``generate`` method of transformers. The model runs in evaluation
+            mode, and its mode is restored afterwards.
         tokenizer: transformers tokenizer.
         instances: instances of either task.
         score: criterion of a correct answer. "exact": the first word of the answer equals the
@@ -159,8 +160,8 @@ def _room(
 ) -> int:
     """Return the maximum number of tokens to generate for an answer.
 
-    This is one token per character, one for a space and one for the end of the text, but at most
-    the number of tokens that the model's context has room for.
+    This number allows one token per character, one for a space and one for the end of the text,
+    unless the rest of the model's context is smaller.
     """
     wanted = max(len(instance.target) for instance in instances) + 2
     config = getattr(model, "config", None)
@@ -170,8 +171,8 @@ def _room(
         return wanted
     needed = max(len(_answer_ids(tokenizer, instance)) for instance in instances)
     longest = max(map(len, prompts))
-    expected = f"prompts of at most {context - needed} tokens, which leave the model's context of "
-    expected += f"{context} room for an answer of {needed}"
+    expected = f"prompts of at most {context - needed} tokens, so that an answer of {needed} fits "
+    expected += f"in the model's context of {context}"
     require(longest + needed <= context, "evaluate", "instances", expected, f"{longest} tokens")
     return min(wanted, context - longest)
 
@@ -187,8 +188,8 @@ def _answer_ids(tokenizer: Any, instance: HashInstance) -> list[int]:
 
 
 def _pad_id(tokenizer: Any) -> int:
-    """Return an id for padding; if the tokenizer has none, any id is valid, since padding is
-    masked."""
+    """Return the id of the padding token or the end-of-text token; if the tokenizer has neither,
+    return 0, since padding is masked."""
     known = (getattr(tokenizer, name, None) for name in ("pad_token_id", "eos_token_id"))
     return next((token for token in known if token is not None), 0)
 

@@ -31,7 +31,7 @@ def project_factor(
     rank: int | None = None,
     energy: float | None = None,
 ) -> Tensor:
-    """Return ``P B``, the factor B mapped onto the directions in which alignment changed the
+    """Return ``P B``, the projection of B onto the directions in which alignment changed the
     weight.
 
     With ``V = aligned_w - base_w``, "frobenius" is ``P = V V^T / |V|_F``, and "orthogonal" is
@@ -60,7 +60,7 @@ def project_factor(
 
     Source: arXiv 2506.18931; "orthogonal" is the ideal form of Safe LoRA (arXiv 2405.16833).
     """
-    # The direction is required, but not used: no layer is selected here.
+    # SploraConfig requires a direction, but no layer is selected here.
     config = SploraConfig(direction="smallest", projection=projection, rank=rank, energy=energy)
     where = "project_factor"
     check_floating(where, B=B, base_w=base_w, aligned_w=aligned_w)
@@ -84,8 +84,8 @@ class Projected(NamedTuple):
 def project_wide(
     where: str, b: Tensor, base: Tensor, aligned: Tensor, config: SploraConfig
 ) -> Projected:
-    """Compute the float64 result of :func:`project_factor` from checked arguments. Only the weights
-    may still contain NaN or infinity."""
+    """Compute the float64 result of :func:`project_factor` from checked arguments. The values of
+    the weights are checked here."""
     device = base.device if config.device is None else torch.device(config.device)
     pair = WeightPair(where, base, aligned, device)
     wide = b.to(device, torch.float64)
@@ -162,8 +162,8 @@ def _orthogonal(
 ) -> tuple[Tensor, bool]:
     """Return ``P b`` and whether P is the identity, from the eigenvectors of a Gram matrix.
 
-    The Gram matrix squares the condition number, which is exact enough in float64: eigenvalues
-    below ``cut^2`` (at least 1e-14) times the largest one are not used.
+    The Gram matrix squares the condition number. Float64 is precise enough for this, since
+    eigenvalues below ``cut^2`` (at least 1e-14) times the largest one are not used.
     """
     m, n = pair.shape
     narrow = n < m  # The smaller one of V^T V and V V^T is computed.

@@ -111,9 +111,10 @@ def project_layers(
     names: Iterable[str] | None = None,
     columns: Callable[[Factors], Tensor] = lambda factors: factors.b,
 ) -> tuple[list[Layer], list[Projected]]:
-    """Return the layers in the model's order and their projections; see :func:`ediem_scores`.
+    """Return the layers in the natural order of their names, and the projections of their factors.
 
     All shapes are checked before any weight is read. At most two weights are in memory at a time.
+    For other arguments and errors, see :func:`ediem_scores`.
 
     Args:
         names: names of the adapter's modules to project; default is all of them.

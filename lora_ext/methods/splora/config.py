@@ -30,7 +30,8 @@ class SploraConfig:
     Frobenius norms.
 
     Attributes:
-        num: K, number of units to prune. To select layers, give exactly one of num and threshold.
+        num: K, number of units (modules or blocks) to prune. To select layers, give exactly one of
+            num and threshold.
         threshold: limit of the score; units with a score of at least (direction "largest") or at
             most (direction "smallest") this value are pruned.
         direction: whether the "smallest" or "largest" scores are pruned. No default, since the
@@ -38,8 +39,8 @@ class SploraConfig:
         granularity: unit of pruning, a "module" or a "block" with the mean score of its modules.
         score: quantity that a layer is scored by. "distance", E-DIEM of ``|P D - D|``, ranks layers
             mainly by the size of their updates. "angle", E-DIEM of ``|c P D - D| / |D|`` with the c
-            that minimizes it, does not depend on this size. "alignment" is ``<D, V> / (|D| |V|)``
-            itself: if it is below 0, the update undoes the alignment.
+            that minimizes this value, does not depend on the size. "alignment" is the cosine ``<D,
+            V> / (|D| |V|)``, without a reference; below 0, the update undoes the alignment.
         projection: P, "frobenius" ``V V^T / |V|`` or "orthogonal" ``U_q U_q^T``, where ``U_q`` are
             the first q left singular vectors of V.
         rank: upper bound of q, for "orthogonal" only.
@@ -48,10 +49,9 @@ class SploraConfig:
         reference: S, sample of distances that a layer's distance is compared with: "population",
             the distances of all scored layers; "permutation", the layer's distances with the rows
             of B in random order; "pairs", the distances of pairs of matrices from the caller;
-            "released", copies of the layer's distance, as in the authors' script. The order of the
-            scores then depends only on the shift of the lower quartile, as for the script in exact
-            arithmetic. Values other than "population" require ``score="distance"``. "alignment"
-            uses no reference.
+            "released", copies of the layer's distance, as in the authors' script. With "released",
+            the order of the scores depends only on the shift of the lower quartile, as for the
+            script in exact arithmetic. Values other than "population" require ``score="distance"``.
         stat: t(S), the spread of the reference: "iqr", the interquartile range, or "std".
         n_samples: number of permutations per layer.
         seed: seed of the permutations.
@@ -62,8 +62,8 @@ class SploraConfig:
         center: c(S), the centre of the reference: "mean" or "median".
         on_zero_alignment: treatment of a layer with equal weights in the base and the aligned
             model. "raise" raises an error; "skip" keeps the layer without a score.
-        allow_degenerate: whether all scores are 0 if the reference has no spread; if False, this is
-            an error.
+        allow_degenerate: whether to set all scores to 0 if the reference has no spread; if False,
+            an error is raised.
 
     Raises:
         ValueError: If a value is out of range, or no direction is given; the message names the

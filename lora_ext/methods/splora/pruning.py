@@ -1,5 +1,5 @@
-"""SPLoRA on a :class:`lora_ext.adapter.LoraAdapter`: select layers by their scores and prune them,
-or project them as Safe LoRA does; on a model in memory: switch layers off, and on again."""
+"""SPLoRA: selection of an adapter's layers by their scores. Selected layers are pruned, projected
+as in Safe LoRA, or switched off (and on again) in a model in memory."""
 
 from __future__ import annotations
 
@@ -123,15 +123,15 @@ def project(
     *,
     progress: Progress = iter,
 ) -> LoraAdapter:
-    """Replace B by ``P B`` in some layers, as Safe LoRA does, and keep all other layers unchanged.
+    """Replace B by ``P B`` in some layers, as Safe LoRA does; all other layers are unchanged.
 
     P is the projection of a layer, see :class:`SploraConfig`.
 
     Args:
         adapter, base, aligned, progress: as for :func:`ediem_scores`. They are not changed.
         names: full names of the layers, such as those that :func:`select_layers` returns.
-        config: settings, of which projection, rank, energy, device and on_zero_alignment are used;
-            a skipped layer keeps its B.
+        config: settings; only projection, rank, energy, device and on_zero_alignment are used. A
+            skipped layer keeps its B.
 
     Returns:
         the new adapter. Each B has the dtype and device of the old B, and is rounded once. Our
@@ -177,7 +177,7 @@ def select_layers(stats: Sequence[LayerStats], config: SploraConfig) -> list[str
 
     Args:
         stats: measurements of the layers, from :func:`ediem_scores`.
-        config: settings, of which num, threshold, direction and granularity are used.
+        config: settings; only num, threshold, direction and granularity are used.
 
     Raises:
         ValueError: If neither num nor threshold is given, or num is above the number of units.
@@ -208,8 +208,8 @@ _KEY = "_lora_ext_splora"
 
 
 class _Applied(NamedTuple):
-    """Record that is stored on the model. It contains only names, so that :func:`remove` also works
-    on a copy of the model."""
+    """State that :func:`apply_to` stores on a model. The state contains only names, so that
+    :func:`remove` also works on a copy of the model."""
 
     adapter: str
     switched: tuple[str, ...]  # layers that were on before and are off now
@@ -239,13 +239,13 @@ def apply_to(
         adapter: name of the adapter.
 
     Returns:
-        the result of :func:`apply`, with names of the base model. ``result.adapter`` is a pruned
-        copy of the adapter, which can be saved.
+        the result of :func:`apply`, with the layers' names in the base model. ``result.adapter`` is
+        a pruned copy of the adapter, which can be saved.
 
     Raises:
         RuntimeError: If the model is pruned already: call :func:`remove` first.
-        ValueError: If the model has no such adapter, or it is merged, or if :func:`apply` raises
-            it. Then the model is unchanged.
+        ValueError: If the model has no such adapter, or the adapter is merged, or if :func:`apply`
+            raises it. The model is unchanged in this case.
     """
     new = _KEY not in model.__dict__
     found = "a pruned model; call splora.remove(model) first"
@@ -263,7 +263,7 @@ def apply_to(
 
 
 def remove(model: nn.Module) -> None:
-    """Undo :func:`apply_to`: switch on every layer that it switched off.
+    """Undo :func:`apply_to`: switch on every layer that :func:`apply_to` switched off.
 
     Raises:
         RuntimeError: If the model is not pruned.

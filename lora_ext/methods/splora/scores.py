@@ -20,7 +20,7 @@ from .config import SploraConfig
 
 _EPS = 1e-12
 _EPS_PAIRS = 1e-6  # as in the authors' code
-_UNIFORM_VARIANCE = 7 / 120  # variance of the distance of uniform random vectors in [0, 1]^N
+_UNIFORM_VARIANCE = 7 / 120  # variance of the distance of two uniform random vectors in [0, 1]^N
 
 #: Pairs of dense matrices X and Y of equal shape, whose distances ``|X - Y|`` form a reference.
 Pairs = Sequence[tuple[Tensor, Tensor]]
@@ -31,7 +31,7 @@ class DegenerateReferenceError(ValueError):
 
 
 class LayerStats(NamedTuple):
-    """Measurements of one layer with the update ``D = s B A`` ``(m, n)``, and its score.
+    """Measurements of one layer with the update ``D = scaling * B A (m, n)``, and its score.
 
     P is the projection (:attr:`SploraConfig.projection`) of ``V = aligned - base``, the difference
     of the layer's weights; norms are Frobenius norms.
@@ -87,14 +87,15 @@ def ediem_scores(
     pairs: Pairs | None = None,
     progress: Progress = iter,
 ) -> list[LayerStats]:
-    """Return the distance of every adapted layer's update from its projection, and its score.
+    """Return measurements of each adapted layer: its score, and the distance of its update from the
+    projection of this update.
 
     Only the two weights of one layer are in memory at a time. Layers of the adapter and of the two
     models are matched by name, and returned in the natural order of the names.
 
     Args:
-        adapter: a :class:`lora_ext.adapter.LoraAdapter`, an adapter folder of PEFT,
-            ``(config, state dict)``, or only a state dict; then the scaling is 1.
+        adapter: a :class:`lora_ext.adapter.LoraAdapter`, an adapter folder of PEFT, a pair
+            ``(config, state dict)``, or only a state dict, for which the scaling is 1.
         base: W0, the model before alignment: a folder of safetensors, a mapping from names to
             tensors, or a model; see :class:`lora_ext.adapter.model_weights.ModelWeights`.
         aligned: Wa, the model on which the adapter was trained, in one of the forms of ``base``.
@@ -104,12 +105,12 @@ def ediem_scores(
         progress: function that wraps the iterable of layers, for example ``tqdm.tqdm``.
 
     Returns:
-        One row for each layer that was scored.
+        Measurements of each scored layer, with its score.
 
     Raises:
         ValueError: If shapes do not match (the message names the layer and both shapes); if a
-            tensor contains NaN or infinity (the message names it); or if there are fewer than 4
-            layers for ``reference="population"``.
+            tensor contains NaN or infinity (the message names the tensor); or if there are fewer
+            than 4 layers for ``reference="population"``.
         ZeroAlignmentError: If a layer has equal weights in ``base`` and ``aligned``, unless such
             layers are skipped.
         DegenerateReferenceError: If the reference has no spread, unless this is allowed.
@@ -128,7 +129,7 @@ def ediem_scores(
     device = projected[0].columns.device if projected else torch.device("cpu")
     a, b = ([getattr(layer.factors, k).to(device) for layer in layers] for k in "ab")
     columns = [one.columns.to(device) for one in projected]
-    # Values below 0 are rounding errors, even in <P D, D>: P is positive semi-definite.
+    # Values below 0 are rounding errors, even in <P D, D>, since P is positive semi-definite.
     stats = ops.lora_pair_stats(a, b, columns, scalings).cpu().clamp(min=0)  # (L, 4)
     distances = stats[:, 3].sqrt()
     sizes = torch.tensor([b_l.shape[0] * a_l.shape[1] for a_l, b_l in zip(a, b, strict=True)])
@@ -168,8 +169,8 @@ def ediem_scores(
 def size_correlation(stats: Sequence[LayerStats]) -> float:
     """Return Spearman's rank correlation between the scores and the sizes ``|D| / sqrt(m n)``.
 
-    Near 1 or -1, the scores mainly rank layers by the size of their update, and depend little on
-    the alignment.
+    If the correlation is near 1 or -1, the scores rank layers mainly by the size of their updates,
+    and depend little on the alignment.
 
     Args:
         stats: measurements of the layers, from :func:`ediem_scores`.
@@ -196,8 +197,9 @@ def _ranks(values: Sequence[float]) -> Tensor:
 def _angles(
     a: list[Tensor], b: list[Tensor], columns: list[Tensor], scalings: list[float], stats: Tensor
 ) -> Tensor:
-    """Return ``|c P D - D| / |D|`` with the c that minimizes it, which is the sine of the angle
-    between ``P D`` and D; 0 if D = 0.
+    """Return the least ``|c P D - D| / |D|`` over all c, or 0 if D = 0.
+
+    This number is the sine of the angle between ``P D`` and D.
 
     The difference is formed before its norm is taken, since the formula by the cosine would cancel
     for small angles.
@@ -214,7 +216,7 @@ def _permuted(
 ) -> Tensor:
     """Return ``|(P B - B[pi]) A| s`` for random permutations pi of the rows, ``(n_samples,)``.
 
-    The generator is re-seeded for every layer, so that its score does not depend on other layers.
+    Every layer uses a new generator, so that its score does not depend on other layers.
     """
     generator = torch.Generator().manual_seed(config.seed)
     orders = (torch.randperm(len(b), generator=generator) for _ in range(config.n_samples))
@@ -224,10 +226,8 @@ def _permuted(
 
 
 def _pair_distances(where: str, pairs: Pairs | None, config: SploraConfig) -> Tensor | None:
-    """Return ``|X - Y|`` of each pair, ``(N,)`` float64.
-
-    Returns None unless ``config.reference`` is ``"pairs"``.
-    """
+    """Return ``|X - Y|`` of each pair, ``(N,)`` float64, or None unless ``config.reference`` is
+    ``"pairs"``."""
     if config.reference != "pairs":
         if pairs is not None:
             expected = f"None with reference={config.reference!r}"
@@ -303,7 +303,7 @@ def _standardised(where: str, x: Tensor, sample: Tensor, config: SploraConfig) -
             return torch.zeros_like(x)
         raise DegenerateReferenceError(
             f"{where}: reference={config.reference!r}: expected distances that differ, found "
-            f"{len(sample)} with a spread of {spread.item():.3g} around {centre.item():.3g}; "
+            f"{len(sample)} distances of spread {spread.item():.3g} around {centre.item():.3g}; "
             "SploraConfig(allow_degenerate=True) sets all scores to 0"
         )
     return (x - centre) / (spread + _EPS)

@@ -55,19 +55,22 @@ class RMSNorm(nn.Module):
 
 
 class VisionPatchEmbed(nn.Module):
-    """Embedding that converts images to one token per patch; sides must be multiples of the patch.
+    """Embedding that converts an image to one token per patch.
 
-    Images of different sizes are processed as one matrix of patches, without padding.
+    The sides of an image must be multiples of the patch size. Images of different sizes are
+    processed as one matrix of patches, without padding.
 
     Args:
         hidden_size: d, width of the language model.
         embed_dim: C, width of the embedding.
         patch: p, side of a patch in pixels.
-        image_size: side in pixels of the square image that the table of positions is made for.
-        pos_mode: position embeddings for grids of other sizes. "interp": the table, interpolated
-            (bilinear, ``align_corners=False``). "released": the first N rows of the table, or the
-            interpolation if it has fewer. These rows are wrong for a grid of another width, but the
-            released checkpoints were trained with them.
+        image_size: side in pixels of a square image; ``pos_embed`` has one row per patch of this
+            image.
+        pos_mode: position embeddings of images of other sizes. "interp": ``pos_embed``,
+            interpolated (bilinear, ``align_corners=False``). "released": for N patches, the first N
+            rows, or the interpolation if there are fewer. In an image whose width is not
+            ``image_size``, patches then get the positions of other rows and columns; the released
+            checkpoints were trained in this way.
         eps: eps of the norm.
 
     Attributes:
@@ -109,7 +112,7 @@ class VisionPatchEmbed(nn.Module):
     @overload
     def forward(self, images: Sequence[Tensor]) -> list[Tensor]: ...
     def forward(self, images: Tensor | Sequence[Tensor]) -> Tensor | list[Tensor]:
-        """Compute the tokens of the images, with the patches of an image row by row.
+        """Compute one token per patch; the patches of an image are in row-major order.
 
         Args:
             images: floating-point ``(B, 3, H, W)``, or a list of ``(3, H, W)`` of any sizes.
@@ -159,8 +162,7 @@ class VisionPatchEmbed(nn.Module):
     def positions(self, rows: int, columns: int) -> Tensor:
         """Return the position embeddings of a grid of patches, ``(rows * columns, C)``.
 
-        For the grid of ``image_size``, this is the table. For other grids, the table is
-        interpolated; "released" uses its first rows instead if it has enough of them.
+        For the grid of ``image_size``, this is ``pos_embed[0]``; for other grids, see ``pos_mode``.
         """
         table, count = self.pos_embed[0], rows * columns
         if (rows, columns) == (self.side, self.side):
@@ -177,11 +179,10 @@ class VisionPatchEmbed(nn.Module):
 
 
 def resample_grid(tokens: Tensor, grid: tuple[int, int], target: tuple[int, int]) -> Tensor:
-    """Interpolate tokens ``(h * w, C)`` from the grid ``grid`` to the grid ``target``, in their
-    dtype.
+    """Interpolate tokens ``(h * w, C)`` from ``grid = (h, w)`` to the grid ``target``.
 
-    The interpolation is bilinear, with ``align_corners=False``. If the grids are equal, the result
-    is ``tokens`` itself.
+    The interpolation is bilinear, with ``align_corners=False``. The dtype does not change. If the
+    grids are equal, the result is ``tokens`` itself.
     """
     if grid == target:
         return tokens
@@ -201,9 +202,9 @@ def smart_resize(
     """Return the nearest size with sides that are multiples of ``factor`` and an area within
     bounds.
 
-    Each side is rounded to the nearest multiple, ties to the even one. If the area is then above
-    ``max_pixels``, the sides are ``floor(side / beta / factor) * factor`` with
-    ``beta = sqrt(height * width / max_pixels)``. If it is below ``min_pixels``, they are
+    Each side is rounded to the nearest multiple of ``factor``, ties to the even multiple. If the
+    area is then above ``max_pixels``, the sides are ``floor(side / beta / factor) * factor`` with
+    ``beta = sqrt(height * width / max_pixels)``. If the area is below ``min_pixels``, the sides are
     ``ceil(side * beta / factor) * factor`` with ``beta = sqrt(min_pixels / (height * width))``.
 
     Args:

@@ -1,8 +1,8 @@
-"""``with modality(mask)``: marks vision tokens for the layers that adapt only vision tokens.
+"""Context manager that marks the vision tokens for layers that adapt only vision tokens.
 
-A mask assigns one adapter to some of the tokens. It is therefore implemented as an ``adapters``
-block of a separate pool. Such a block already supports threads and activation checkpointing, and
-its layers share the tensors of adapter ids.
+The mask assigns one adapter to some of the tokens. The context manager is therefore implemented as
+an :func:`lora_ext.adapters` block with its own pool. Such a block supports threads and activation
+checkpointing, and all layers in it share one tensor of adapter ids.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ _NAME = "vision"
 
 
 class _Vision:
-    """Pool with one slot, for the adapter of the vision tokens."""
+    """Pool with a single adapter, which the vision tokens use."""
 
     max_slots = 1
     modules = ()
@@ -41,29 +41,31 @@ def modality(vision_mask: Tensor) -> Iterator[None]:
 
     Layers of route "vision" (:class:`lora_ext.nn.VoraLinear`) adapt only these tokens; all other
     layers ignore the mask. The innermost block applies. Each thread and each asyncio task has its
-    own blocks. A backward that recomputes layers (activation checkpointing) uses the block of their
-    forward, even after this block has ended.
+    own blocks. If activation checkpointing recomputes a layer in the backward pass, the layer uses
+    the block of its forward pass, even if this block has ended.
 
     Args:
         vision_mask: mask of bools, or of integers 0 and 1, with True or 1 for vision tokens. Its
-            shape is that of the activations without the feature dimension, usually ``(B, T)``. It
-            is copied and checked here, which synchronizes with the device.
+            shape is that of the activations without the feature dimension, usually ``(B, T)``. The
+            mask is copied and checked here, which synchronizes with the device.
 
     Raises:
-        ValueError: If the mask has another type or other values. A layer raises it if its
-            activations have another shape.
+        ValueError: If the mask is not a tensor of bools or integers, or has values other than 0 and
+            1. A layer raises it if the mask does not have the shape of the layer's activations.
     """
     with _context.adapters([_NAME], _token_ids(vision_mask), pool=_vision):
         yield
 
 
 def vision_block() -> Block | None:
-    """Return the innermost :func:`modality` block; do not call this function in a traced graph."""
+    """Return the innermost :func:`modality` block, or None. Compiled code calls
+    :func:`traced_vision_rows` instead."""
     return _context.current(_vision.handle)
 
 
 def vision_rows(block: Block, leading: torch.Size, device: torch.device) -> Rows:
-    """Return the rows of activations ``(*leading, I)``: id 0 for vision tokens, otherwise -1."""
+    """Return the adapter ids of activations ``(*leading, I)`` as :class:`Rows`: 0 for vision
+    tokens, -1 for all other tokens."""
     found, shape = tuple(block.assignment.shape), tuple(leading)
     expected = f"the shape of the activations without the feature dimension, {shape}"
     require(found == shape, "modality", "vision_mask", expected, found)

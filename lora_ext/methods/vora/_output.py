@@ -16,11 +16,11 @@ class VoraOutput(ModelOutput):
     vocabulary.
 
     Attributes:
-        loss: ``lm_loss + distill_weight * distill_loss``, or the only term that exists.
+        loss: ``lm_loss + distill_weight * distill_loss``, without terms that are None.
         logits: ``(B, T, V)``.
         lm_loss: mean cross entropy of the next tokens; None without labels, 0 if all are ignored.
-        distill_loss: distillation loss of the blocks, before weighting; None for images without a
-            teacher, 0 for a batch without images.
+        distill_loss: distillation loss of the blocks, before weighting; 0 for a batch without
+            images, None if there are images but no states of a teacher.
         vision_mask: ``(B, T)`` bool, True for tokens of images.
     """
 

@@ -1,5 +1,5 @@
-"""Functions that add VoRA layers to a language model, merge them into its weights, and remove
-them."""
+"""Functions that add VoRA layers to a language model, merge these layers into the model's weights,
+and remove them."""
 
 from __future__ import annotations
 
@@ -49,15 +49,15 @@ class Applied:
 def apply(model: Model, config: VoraConfig, *, autocast_adapter_dtype: bool = True) -> Model:
     """Add VoRA's layers to the first blocks of a language model and freeze its other parameters.
 
-    The model is changed in place: each target in the first ``n_blocks`` blocks becomes a
-    :class:`VoraLinear` around the same module. Initially the outputs are unchanged, bit for bit.
-    Only the factors of these layers are trainable.
+    The model is changed in place: each target module in the first ``n_blocks`` blocks is wrapped in
+    a :class:`VoraLinear`. The outputs remain bitwise the same until the layers are trained. Only
+    the factors of these layers are trainable.
 
     Args:
         model: transformers causal LM without adapters.
         config: settings of the layers, such as rank and route.
         autocast_adapter_dtype: whether to store the factors in float32 if the base weight has 16
-            bits. Otherwise they have the dtype of the base weight, which is faster.
+            bits. If False, the factors have the dtype of the base weight, which is faster.
 
     Returns:
         ``model``; :func:`remove` undoes the change, :func:`merge` merges the adapters.
@@ -97,7 +97,7 @@ def apply(model: Model, config: VoraConfig, *, autocast_adapter_dtype: bool = Tr
 
 
 def remove(model: Model) -> Model:
-    """Undo :func:`apply`: restore the original modules, and ``requires_grad`` of their parameters.
+    """Undo :func:`apply`: restore the original modules and the ``requires_grad`` flags.
 
     Args:
         model: model that was passed to :func:`apply`, or the :class:`VoraForCausalLM` around it.
@@ -158,9 +158,9 @@ def merge(model: Model, force: bool = False) -> Model:
             layer.base_weight.check_writable("merge")
         except (RuntimeError, ValueError) as error:
             raise type(error)(f"{where}: {name}: {error}") from error
-        # Other modules that share the weight would also use its update.
+        # A merge would also change the outputs of other modules that share the weight.
         found = holders[id(layer.base_layer.weight)]
-        require(len(found) <= 1, where, name, "a weight that is not shared", f"one used as {found}")
+        require(len(found) <= 1, where, name, "a weight that is not shared", f"a weight of {found}")
     state.swap.check(language, where)
     for layer in layers.values():
         layer.merge(force, keep_copy=False)
@@ -181,7 +181,8 @@ def language_model(model: Any) -> Any:
 
 
 def applied(where: str, model: nn.Module) -> Applied:
-    """Return the state of :func:`apply`; raise RuntimeError if it is missing or was merged."""
+    """Return the state of :func:`apply`; raise RuntimeError if :func:`apply` was not called or the
+    layers were merged."""
     state: Applied | None = language_model(model).__dict__.get(KEY)
     if state is None or state.merged:
         merged = "a model whose VoRA layers vora.merge has merged"

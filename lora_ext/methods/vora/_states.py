@@ -1,4 +1,4 @@
-"""Hooks on a language model that collect states of its blocks and set inputs of its prefill."""
+"""Hooks on a language model: they collect hidden states, or pass masks to ``generate``."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ def block_states(blocks: Sequence[nn.Module], pairing: Pairing) -> Iterator[list
     """Collect the hidden states for the distillation during the forward in a ``with`` block.
 
     Yields:
-        a list with one ``(B, T, d)`` per decoder layer, filled by the forward: the layer's output,
-        or with "released" its input. ``B`` is the batch size, ``T`` the number of tokens and ``d``
-        the hidden width. The states are before the final norm, unlike the last of transformers'
-        ``hidden_states``. Forwards of other threads are ignored.
+        a list that the forward fills with one tensor ``(B, T, d)`` per block: the block's output,
+        or its input if ``pairing`` is "released". ``B`` is the batch size, ``T`` the number of
+        tokens and ``d`` the hidden width. The states are taken before the final norm, unlike the
+        last entry of ``hidden_states`` in transformers. Forwards in other threads are ignored.
 
     Raises:
         ValueError: If a reentrant checkpoint runs a block without gradients; raised by the forward.
@@ -57,9 +57,9 @@ def prefill(
 ) -> Iterator[None]:
     """Pass an attention mask and a mask of the vision tokens to the prefill of ``generate``.
 
-    The prefill is the forward that receives embeddings; decode steps receive tokens, which are all
-    text. ``generate`` repeats each sample in consecutive rows for beams and returned sequences; the
-    masks are repeated in the same way.
+    The prefill is the forward that receives embeddings. Decode steps receive token ids and process
+    only text. ``generate`` repeats each sample in consecutive rows for beams and returned
+    sequences; the masks are repeated in the same way.
 
     Args:
         model: the language model.

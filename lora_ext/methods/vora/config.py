@@ -23,24 +23,24 @@ class VoraConfig:
     """Settings of the layers, the vision embedding and the distillation.
 
     Attributes:
-        n_blocks: N_vit, number of adapted blocks at the start of the model, as many as the teacher
-            has.
+        n_blocks: N_vit, number of adapted blocks, counted from the first; in the paper, the number
+            of the teacher's blocks.
         rank: r, rank of the adapters.
         scale: scale of the adapters' updates; the paper has no alpha.
         target_modules: names of linear layers in these blocks, or ends of their names.
         route: "all": the adapters apply to every token and can be merged, as in the paper; "vision"
-            (Partial LoRA): they apply only to vision tokens, so that outputs for text are equal to
-            those of the base model, bit for bit.
-        image_size: side in pixels of the square image that the table of positions is made for.
+            (Partial LoRA): the adapters apply only to vision tokens, so that outputs for text are
+            equal to those of the base model, bit for bit.
+        image_size: side in pixels of a square image for which there are position embeddings.
         patch: p, side of a patch in pixels.
         embed_dim: C, width of the vision embedding.
-        pos_mode: positions for grids of other sizes: "interp", or "released" for the authors'
-            checkpoints (:class:`VisionPatchEmbed`).
+        pos_mode: position embeddings of images of other sizes: "interp", or "released" for the
+            authors' checkpoints (see :class:`VisionPatchEmbed`).
         bidirectional: whether the tokens of an image attend to each other in both directions.
         pairing: hidden states that the distillation compares. "output": the outputs of a block and
-            of the teacher's block, as in the paper; "released": their inputs, as in the authors'
-            code.
-        distill_weight: lambda, weight of the distillation loss added to the language model's.
+            of the teacher's block, as in the paper; "released": the inputs of both blocks, as in
+            the authors' code.
+        distill_weight: lambda, weight of the distillation loss in the total loss.
         placeholder: id in ``input_ids`` that represents an image.
 
     Raises:

@@ -1,4 +1,4 @@
-"""Block-wise distillation: each block of the language model learns the teacher block's states.
+"""Block-wise distillation: blocks of the language model learn to predict the teacher's states.
 
 ``h_i`` are the outputs of block i on the vision tokens and ``u_i`` those of the teacher's block;
 ``d`` and ``d_v`` are the widths of the two models:
@@ -81,19 +81,20 @@ def block_distill_loss(
     """Compute the mean of ``1 - cos(projected state, teacher's state)`` over all tokens and blocks.
 
     Args:
-        heads: heads that project the hidden states; None if these have the teacher's width already.
-        hiddens: one ``(M, d)`` per block: its outputs on the M vision tokens of the batch, in the
-            order of samples and images.
-        teachers: one ``(M', d_v)`` per block of the teacher, without a class token; they get no
-            gradient. None for a batch without images.
+        heads: heads that project the hidden states to the teacher's width; None if the hidden
+            states have this width already.
+        hiddens: one ``(M, d)`` per block: the block's outputs on the M vision tokens of the batch,
+            in the order of samples and images.
+        teachers: one ``(M', d_v)`` per block of the teacher, without a class token; these states
+            get no gradient. None for a batch without images.
         student_grids: numbers of rows and columns ``(h, w)`` of each image's tokens in ``hiddens``.
-            Without both grids, M' must be M.
         teacher_grids: the same numbers for ``teachers``. If the two grids of an image differ, the
-            teacher's states are interpolated to the student's grid.
+            teacher's states are interpolated to the student's grid. If one of the two arguments is
+            None, M' must be M.
 
     Returns:
-        Scalar in float32 (float64 for float64). Without images it is 0, and every head and hidden
-        state gets a gradient of zeros, which data-parallel training needs.
+        Scalar in float32 (float64 for float64). Without images the loss is 0, and every head and
+        hidden state gets a gradient of zeros, which data-parallel training needs.
 
     Raises:
         ValueError: If the numbers of blocks, tokens, channels or grids disagree.
@@ -162,14 +163,15 @@ def teacher_states(
     n_blocks: int,
     pairing: Pairing = "output",
 ) -> TeacherStates:
-    """Compute the states of a vision transformer's first blocks for :func:`block_distill_loss`.
+    """Compute the hidden states of a teacher's first blocks, for :func:`block_distill_loss`.
 
     Images of the same size are processed in one forward. Hooks collect the states, since the last
-    ``hidden_states`` of a transformers model are after its final norm.
+    ``hidden_states`` of a transformers model are those after the final norm.
 
     Args:
         teacher: transformers vision model (such as ViT, CLIP or AIMv2) in evaluation mode.
-        images: ``(3, H, W)`` tensors, preprocessed for the teacher, or one list of them per sample.
+        images: ``(3, H, W)`` tensors, preprocessed for the teacher, or one list of such tensors per
+            sample.
         n_blocks: number of blocks whose states are collected.
         pairing: "output" collects the outputs of the blocks; "released" their inputs, as in the
             released code.
@@ -178,8 +180,9 @@ def teacher_states(
         :class:`TeacherStates`.
 
     Raises:
-        ValueError: If the teacher has fewer blocks, is in training mode or drops patches; if the
-            sides of an image are not multiples of the patch size; or if ``pairing`` is unknown.
+        ValueError: If the teacher has fewer than ``n_blocks`` blocks, is in training mode or drops
+            patches; if a side of an image is not a multiple of the patch size; or if ``pairing`` is
+            unknown.
     """
     where = "teacher_states"
     mode = "one in training mode; call teacher.eval()"

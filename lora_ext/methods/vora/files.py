@@ -47,7 +47,7 @@ def state_dict(model: nn.Module) -> dict[str, Tensor]:
         ``vision.*`` and ``heads.*``. All but the extra biases share the memory of the model.
 
     Raises:
-        RuntimeError: If the model has no VoRA layers, or they are merged.
+        RuntimeError: If the model has no VoRA layers, or the layers are merged.
     """
     layers = applied("state_dict", model).layers
     found = {key: tensor.detach() for key, tensor in _expected(model, layers).items()}
@@ -66,29 +66,28 @@ def load_state_dict(
 ) -> _Loaded:
     """Load tensors from :func:`state_dict` or from a checkpoint of the authors.
 
-    In the authors' checkpoints, names of the language model have the prefix ``llm.``. They also
-    contain the weights of the language model and of the teacher, and biases for layers that have
-    none in the language model.
+    In the authors' checkpoints, names of the language model have the prefix ``llm.``. The
+    checkpoints also contain the weights of the language model and of the teacher, and biases for
+    layers that have no bias in the language model.
 
     Args:
         model: as for :func:`state_dict`.
         sd: tensors by name; their values are converted to the dtypes and devices of the model's
             tensors.
-        strict: whether to raise for missing or unexpected keys; otherwise they are ignored and
-            returned.
-        allow_extra_bias: whether to load biases for layers whose base layer has none. Such a bias
-            is added to the output of every token that the adapter applies to. Layers that already
-            have an extra bias always load it.
-        load_base: whether to load the weights of the language model too; otherwise they are
-            ignored.
+        strict: whether to raise for missing or unexpected keys; if False, such keys are ignored
+            and returned.
+        allow_extra_bias: whether to load biases for layers whose base layer has none. Such an extra
+            bias is added to the output of every token that the adapter applies to. Layers that
+            already have an extra bias always load it.
+        load_base: whether to load the weights of the language model, too.
 
     Returns:
         The missing and unexpected keys.
 
     Raises:
         ValueError: If a key is missing, unexpected or present twice; if an extra bias is not
-            allowed, or would be lost by a scale of 0; or if a tensor has another shape, a dtype
-            that is not floating-point, or no values.
+            allowed, or is given for a layer with scale 0; or if a tensor has the wrong shape, a
+            dtype that is not floating-point, or no values.
         RuntimeError: As for :func:`state_dict`, or if a layer is merged by
             :meth:`VoraLinear.merge`.
 
@@ -114,7 +113,7 @@ def load_state_dict(
             name = pattern.sub(ours, name)
         owner = layers.get(name.removesuffix(".bias")) if name.endswith(".bias") else None
         once = name not in copies and name not in biases
-        require(once, where, key, f"one tensor for {name}", "a second one")
+        require(once, where, key, f"one tensor for {name}", "a second tensor")
         if name in wanted:
             copies[name] = _fitting(key, value, wanted[name]), wanted[name]
         elif name in base:
@@ -136,7 +135,7 @@ def load_state_dict(
     missing = [key for key in (*wanted, *has_bias) if key not in copies and key not in biases]
     for keys, expected, found in (
         (missing, "a tensor", "none"),
-        (unexpected, "only tensors of the model", "another tensor"),
+        (unexpected, "only tensors of the model", "a tensor of another name"),
     ):
         if strict and keys:
             more = f", as for {len(keys) - 1} more keys" if len(keys) > 1 else ""
@@ -198,7 +197,7 @@ def to_peft(model: nn.Module, folder: str | os.PathLike[str]) -> None:
     config = state.config
     _check_route("to_peft", config)
     alpha = alpha_of(float(config.scale), config.rank, rslora=False)
-    scale = alpha / config.rank  # in PEFT; its last bit may differ, e.g. for 0.1 at rank 3
+    scale = alpha / config.rank  # PEFT's value, which may differ from config.scale by rounding
     biased = any(layer.has_extra_bias for layer in state.layers.values())
     factors: dict[str, Factors] = {}
     for name, layer in state.layers.items():
@@ -226,11 +225,11 @@ def from_peft(model: Model, folder: str | os.PathLike[str]) -> Model:
     """Load a LoRA adapter in PEFT's format, as written by :func:`to_peft`, into VoRA's layers.
 
     Args:
-        model: model as for :func:`state_dict`, or a language model without VoRA layers. To the
-            latter, :func:`apply` adds layers that match the adapter, with defaults for other
-            settings.
-        folder: folder of ``adapter_config.json`` and ``adapter_model.safetensors``; the files need
-            not be trusted.
+        model: model as for :func:`state_dict`, or a language model without VoRA layers. In the
+            second case, :func:`apply` adds layers that match the adapter, with the default values
+            of all other settings.
+        folder: folder of ``adapter_config.json`` and ``adapter_model.safetensors``; the files may
+            be from an untrusted source.
 
     Returns:
         ``model``.

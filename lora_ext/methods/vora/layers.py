@@ -30,8 +30,7 @@ Route = Literal["all", "vision"]
 
 
 class UnmergeableRouteError(RuntimeError):
-    """Raised if an adapter for vision tokens would be merged into a weight, which applies to all
-    tokens."""
+    """Raised if a merge would apply an adapter for vision tokens to all tokens."""
 
 
 class VoraLinear(LoraLinear):
@@ -40,19 +39,19 @@ class VoraLinear(LoraLinear):
     It is a :class:`LoraLinear` with an adapter that applies to all tokens (route "all", m = 1) or
     only to the vision tokens of a :func:`modality` block (route "vision", m = 1 for vision tokens
     and m = 0 for all other tokens). Outside such a block, route "vision" treats all tokens as text:
-    the output is that of the base layer, bit for bit.
+    the output is bitwise that of the base layer.
 
     All features of :class:`LoraLinear` are available. With route "vision", text tokens may use
     other adapters: either a second active adapter, or adapters that an :func:`lora_ext.adapters`
-    block selects per sequence. One call of the op computes all rows of a batch: rows of images, of
-    text, and without an adapter.
+    block selects per sequence. One call of the op computes all tokens of a batch: vision tokens,
+    text tokens, and tokens without an adapter.
 
     Shape letters: ``I`` input features, ``O`` output features.
 
     Args:
         base_layer: ``nn.Linear``, transformers' ``Conv1D``, or a quantised layer with
-            ``in_features`` and ``out_features``. The module is kept with its bias; a layer without
-            a bias gets none.
+            ``in_features`` and ``out_features``. The module itself is used, with its bias if it has
+            one; no bias is added.
         rank: rank of the adapter: A is ``(rank, I)``, Kaiming-uniform, and B ``(O, rank)``, zero.
         route: "all" or "vision".
         scale: scale of the update; LoRA's alpha is ``rank * scale``.
@@ -66,7 +65,8 @@ class VoraLinear(LoraLinear):
         TypeError: If the base layer is not a linear layer.
 
     Sources: "Vision as LoRA" (arXiv 2503.20680), route "all"; InternLM-XComposer2's Partial LoRA,
-    route "vision". The authors' layer adds a random bias to layers without one; this one does not.
+    route "vision". The authors' layer adds a random bias if the base layer has no bias; this layer
+    does not.
     """
 
     def __init__(
@@ -88,8 +88,8 @@ class VoraLinear(LoraLinear):
         self.scaling[adapter_name] = float(scale)  # `rank * scale / rank` may have rounding errors.
         self.adapter_name = adapter_name
         self.route: Route = route
-        # True while the base layer, which has no bias of its own, has the merged adapter's bias.
-        self._lent_bias = False
+        # True while the base layer has a bias only because merge() added one for the adapter.
+        self._added_bias = False
 
     @classmethod
     def from_linear(
@@ -103,13 +103,7 @@ class VoraLinear(LoraLinear):
         adapter_dtype: torch.dtype | None = None,
         generator: torch.Generator | None = None,
     ) -> VoraLinear:
-        """Create the layer from a linear layer.
-
-        The other arguments are those of the class.
-
-        Args:
-            linear: base layer; the module is kept.
-        """
+        """Create the layer around ``linear``; the other arguments are those of the class."""
         options = {"adapter_dtype": adapter_dtype, "generator": generator}
         return cls(linear, rank, route, scale, adapter_name, **options)
 
@@ -136,9 +130,9 @@ class VoraLinear(LoraLinear):
         Args:
             x: floating-point input.
             token_mask: mask of the vision tokens, of shape ``x.shape[:-1]``, as in
-                :func:`modality`. It replaces the mask of a surrounding block. Route "all" ignores
-                it.
-            adapter_ids: adapter of each row, as in :class:`LoraLinear`; it replaces masks and
+                :func:`modality`. The mask replaces that of a surrounding block. Route "all" ignores
+                masks.
+            adapter_ids: adapter of each row, as in :class:`LoraLinear`; these ids replace masks and
                 blocks.
 
         Raises:
@@ -185,23 +179,23 @@ class VoraLinear(LoraLinear):
         names = [self.adapter_name] if adapter_names is None else list(adapter_names)
         self.check_merge(force, names)
         base: Any = self.base_layer
-        lends = base.bias is None and any(self.lora_bias[name] for name in names)
-        if lends:
+        adds_bias = base.bias is None and any(self.lora_bias[name] for name in names)
+        if adds_bias:
             weight = base.weight
             zeros = torch.zeros(self.out_features, dtype=weight.dtype, device=weight.device)
             base.bias = nn.Parameter(zeros, requires_grad=weight.requires_grad)
         try:
             super().merge(safe_merge, names, keep_copy=keep_copy)
         except BaseException:
-            if lends:
+            if adds_bias:
                 base.bias = None
             raise
-        self._lent_bias = self._lent_bias or lends
+        self._added_bias = self._added_bias or adds_bias
         return self.base_layer
 
     def check_merge(self, force: bool = False, adapter_names: Sequence[str] | None = None) -> None:
-        """Raise the error that :meth:`merge` with these arguments would raise, without changing
-        anything."""
+        """Raise the error of :meth:`merge` if the route, a name, an earlier merge or a quantised
+        weight does not allow a merge. Nothing is changed."""
         names = [self.adapter_name] if adapter_names is None else list(adapter_names)
         self._check_known(names)
         found = "'vision'; force=True merges it for all tokens, which changes the outputs for text"
@@ -217,12 +211,12 @@ class VoraLinear(LoraLinear):
         require(fits, "merge", "base_layer", expected, found, NotImplementedError)
 
     def unmerge(self) -> None:
-        """Remove the adapter from the base weight and restore every bit of it."""
+        """Remove the adapter from the base weight, which is bitwise restored."""
         super().unmerge()
-        if self._lent_bias:
+        if self._added_bias:
             base: Any = self.base_layer
             base.bias = None
-            self._lent_bias = False
+            self._added_bias = False
 
     def set_extra_bias(self, bias: Tensor | None) -> None:
         """Set the adapter's bias ``(O,)``, which is added without scaling; None removes it.
@@ -244,7 +238,7 @@ class VoraLinear(LoraLinear):
 
     @property
     def extra_bias(self) -> Tensor | None:
-        """Bias ``(O,)`` that the adapter adds to the output, detached; None if it has none."""
+        """Bias ``(O,)`` that the adapter adds to the output, detached, or None."""
         bias = self._raw_factors(self.adapter_name)[2]
         return None if bias is None else bias.detach() * self.scale
 
@@ -277,15 +271,16 @@ class VoraLinear(LoraLinear):
             return named
         if block is None:
             return _overlaid(vision, named, own, len(self.r))
-        # Computed once for all layers, and again if an inner block changes the names.
+        # All layers use the same rows. The rows are computed again if an inner block changes the
+        # names.
         names = _context.current(layer_names.handle)
         key = (self.adapter_names, own, named.used, leading, names and names.assignment)
         kept = block.assignment.kept
         return kept.get(key, device, _overlaid, vision, named, own, len(self.r))
 
     def _default_position(self) -> int:
-        """Return the index of the adapter for rows without a name, or -1 if there is none. With
-        "vision", these rows are text."""
+        """Return the index of the adapter for rows without a name, or -1 if no adapter applies to
+        them. With route "vision", these rows are text tokens."""
         if self.route == "all":
             return super()._default_position()
         active = [n for n in self._active if self._is_on(n) and n != self.adapter_name]
@@ -299,8 +294,8 @@ class VoraLinear(LoraLinear):
 
 
 def _overlaid(vision: Rows, text: Rows, own: int, num_adapters: int) -> Rows:
-    """Return rows with the adapter ``own`` for vision tokens and the adapters of ``text`` for
-    others."""
+    """Return rows with the adapter ``own`` for vision tokens and the adapters of ``text`` for all
+    other tokens."""
     table = constant([*text.used, -1], torch.int32, text.ids.device)
     ids, weights = table[text.ids.long()], text.weights  # Id -1 reads the last entry.
     sees = vision.ids >= 0  # (T,)

@@ -1,4 +1,4 @@
-"""``VoraForCausalLM``: a language model with images in its text."""
+"""``VoraForCausalLM``: a language model that accepts text with images."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ from .config import VoraConfig
 from .distill import DistillHeads, Grid, block_distill_loss
 from .splice import Spliced, build_vision_mask, splice_images
 
-#: Names of transformers' caches that contain one key per token. Old generation configurations
-#: contain "hybrid", which transformers ignores. All other names are caches of a fixed length.
+#: Names of transformers' caches that contain one key per token. All other caches have a fixed
+#: length. Old generation configurations contain the name "hybrid", which transformers ignores.
 _GROWING = (None, "dynamic", "offloaded", "quantized", "hybrid")
 
 #: Images ``(3, H, W)`` of each sample, in the order of their placeholders.
@@ -42,8 +42,7 @@ class VoraForCausalLM(nn.Module):
     images, ``M`` vision tokens of a batch, ``V`` vocabulary, ``d_v`` width of the teacher.
 
     Args:
-        model: causal LM, which is changed in place: :func:`apply` is called unless it was called
-            already.
+        model: causal LM; it is changed in place by :func:`apply` unless it has VoRA layers already.
         config: settings of the layers, the embedding and the distillation.
         teacher_width: d_v, width of the teacher of the distillation; None creates no heads.
 
@@ -55,8 +54,8 @@ class VoraForCausalLM(nn.Module):
             configuration, which Trainer reads.
 
     Raises:
-        ValueError: If another configuration was applied to the model. Errors of :func:`apply` are
-            raised, too.
+        ValueError: If a configuration other than ``config`` was applied to the model, or as for
+            :func:`apply`.
 
     Source: arXiv 2503.20680.
     """
@@ -125,7 +124,7 @@ class VoraForCausalLM(nn.Module):
             input_ids: ids ``(B, S)``, with one placeholder per image.
             images: for each sample, a list of images ``(3, H, W)`` with sides that are multiples of
                 the patch; None or an empty list for a sample without images.
-            labels: target ids ``(B, S)``, aligned with ``input_ids``; -100 is ignored.
+            labels: target ids ``(B, S)``, aligned with ``input_ids``; labels of -100 are ignored.
             attention_mask: mask ``(B, S)`` with 0 for padding, on either side.
             teacher_states: hidden states of the teacher for the M' patches of all images of the
                 batch in order, without a class token: one ``(M', d_v)`` for each of the
@@ -136,7 +135,7 @@ class VoraForCausalLM(nn.Module):
 
         Returns:
             :class:`VoraOutput`. A batch without images has a distillation loss of 0, and every
-            trained parameter gets a gradient, which is zero for unused ones.
+            trained parameter gets a gradient, which is zero for unused parameters.
 
         Raises:
             ValueError: If the numbers of images and placeholders differ; if images, labels, masks,
@@ -189,8 +188,8 @@ class VoraForCausalLM(nn.Module):
     ) -> Tensor:
         """Generate text that continues the samples of a batch.
 
-        Images are processed in one prefill (the first forward, over the whole prompt); decode steps
-        use the cache. Arguments that are not listed are as in :meth:`forward`.
+        The images are processed by the prefill, which is a single forward over the whole prompt;
+        decode steps use the cache. Arguments that are not listed are as in :meth:`forward`.
 
         Args:
             options: options of the language model's ``generate``, such as ``max_new_tokens``,
@@ -244,9 +243,9 @@ class VoraForCausalLM(nn.Module):
     ) -> Tensor | dict[str, Tensor] | None:
         """Return the attention mask for the language model.
 
-        If all tokens attend in causal order, the result is the mask per token or None, so that text
-        is computed as in the base model, bit for bit. For a model with several types of attention
-        layers, it is a dict with one mask per type, by transformers' names.
+        If all tokens attend in causal order, the result is the mask ``(B, T)`` or None, so that
+        outputs for text are bitwise those of the base model. For a model with several types of
+        attention layers, the result is a dict with one mask per type, by transformers' names.
         """
         if not flat or not self.vora_config.bidirectional:
             return batch.attention_mask if flat or attention_mask is not None else None
@@ -301,9 +300,9 @@ def _flat(images: Images | None) -> list[Tensor]:
 
 
 def _apart(module: nn.Module, state: dict[str, Tensor], *_: Any) -> None:
-    """Clone tensors of a state dict that share memory (a tied head and embedding).
+    """Clone tensors of a state dict that share memory, such as a tied head and embedding.
 
-    Trainer saves with safetensors, which rejects shared memory.
+    Trainer saves the state dict with safetensors, which rejects shared memory.
     """
     seen: set[int] = set()
     for key, tensor in state.items():

@@ -48,13 +48,13 @@ class VoraImageProcessor(BaseImageProcessor):
     padded or cropped.
 
     Args:
-        patch: p, side of a patch in pixels; sides become multiples of it.
-        do_resize: whether to resize images to :func:`smart_resize`; otherwise sides must be
-            multiples of the patch size.
+        patch: p, side of a patch in pixels; the sides of resized images are multiples of ``patch``.
+        do_resize: whether to resize images to the size from :func:`smart_resize`; if False, their
+            sides must be multiples of the patch size.
         min_pixels: lower bound of the area after resizing.
         max_pixels: upper bound of the area after resizing.
-        resample: Pillow's number of the filter: 0 nearest, 2 bilinear, 3 bicubic; 2 and 3 antialias
-            when shrinking.
+        resample: filter, as a number of Pillow: 0 nearest, 2 bilinear, 3 bicubic. Filters 2 and 3
+            antialias when they shrink an image.
         do_rescale: whether to multiply the values by ``rescale_factor``.
         rescale_factor: factor for ``do_rescale``.
         do_normalize: whether to compute ``(x - image_mean) / image_std``.
@@ -105,7 +105,7 @@ class VoraImageProcessor(BaseImageProcessor):
     @classmethod
     def from_dict(cls, image_processor_dict: dict[str, Any], **kwargs: Any) -> Any:
         """Create a processor with the settings in ``image_processor_dict``. Keyword arguments
-        override them and are also checked."""
+        override these settings and are also checked."""
         wants_rest = kwargs.pop("return_unused_kwargs", False)
         ours = {name: kwargs.pop(name) for name in FIELDS if name in kwargs}
         processor = cls(**{**image_processor_dict, **ours})
@@ -122,20 +122,20 @@ class VoraImageProcessor(BaseImageProcessor):
                 or ``(H, W, C)`` with C = 1, 3 or 4 channels; a fourth channel (opacity) is dropped.
                 If both the first and the last size are 1, 3 or 4, the first is C. An array with
                 four dimensions is a list of images.
-            return_tensors: "pt" or "np" for one tensor or array of all images, which must have one
-                size after processing.
+            return_tensors: "pt" for one tensor of all images or "np" for one array. The images must
+                then have equal sizes after processing.
             overrides: settings for this call.
 
         Returns:
-            ``pixel_values``: tensors ``(3, H, W)`` in float32, as a list or one list per sample,
-            like ``images``. ``image_grids``: the numbers of rows and columns ``(h, w)`` of patches
-            of each image, in one list.
+            ``pixel_values``: float32 tensors ``(3, H, W)``, in one list or in one list per sample,
+            like ``images``. ``image_grids``: for each image, the numbers of rows and columns of
+            patches ``(h, w)``, in one list.
 
         Raises:
             ValueError: If a size is invalid, or ``return_tensors`` is set and there is no image or
                 images have several sizes.
             TypeError: If an object is not an image, has bools as values, or a setting is unknown.
-            ModuleNotFoundError: If ``images`` has a path and Pillow is missing.
+            ModuleNotFoundError: If ``images`` contains a path and Pillow is not installed.
         """
         where = "VoraImageProcessor"
         expected = "no positional argument after images"

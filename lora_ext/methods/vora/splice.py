@@ -1,7 +1,8 @@
-"""Insertion of images into text: replaces each placeholder by the tokens of its image.
+"""Insertion of the tokens of images into text, and an attention mask in which the tokens of an
+image attend to each other in both directions.
 
-The tokens of an image attend to each other in both directions. Shape letters: ``B`` samples, ``S``
-ids per sample, ``T`` tokens of the longest sample including those of images, ``d`` hidden width.
+Shape letters: ``B`` samples, ``S`` ids per sample, ``T`` tokens of the longest sample including
+those of images, ``d`` hidden width.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ class Spliced(NamedTuple):
 
     inputs_embeds: Tensor  # (B, T, d), zero on padding
     vision_mask: Tensor  # (B, T) bool, True for tokens of images
-    image_ids: Tensor  # (B, T) int32, index of the token's image in its sample, -1 for all others
+    image_ids: Tensor  # (B, T) int32, index of the token's image in the sample, otherwise -1
     attention_mask: Tensor  # (B, T) int64, 1 on text and images, 0 on padding
     labels: Tensor | None  # (B, T), -100 on images and padding; None without labels
     position_ids: Tensor  # (B, T) int64, max(0, cumsum(attention_mask) - 1)
@@ -45,7 +46,7 @@ def splice_images(
 ) -> Spliced:
     """Replace placeholders by the tokens of their images.
 
-    The padding of the input is removed and added again, since samples grow by different lengths.
+    Samples grow by different lengths, so the padding of the input is replaced by new padding.
 
     Args:
         input_ids: ids ``(B, S)``, integers, with one placeholder per image.
@@ -53,8 +54,8 @@ def splice_images(
             ``model.get_input_embeddings()``. It is called once with all text of the batch, without
             placeholders.
         image_tokens: one list per sample with the tokens ``(N, d)`` of its images in order. For a
-            sample with one image, its tensor may replace the list; for a sample without images,
-            pass an empty list or None. None for a batch without images.
+            sample with one image, the image's tensor may replace the list; for a sample without
+            images, pass an empty list or None. None for a batch without images.
         attention_mask: mask ``(B, S)``, bool or 0 and 1, with 0 for padding. Default is no padding.
         labels: target ids ``(B, S)``, aligned with ``input_ids``.
         placeholder: id that represents an image.
@@ -91,8 +92,7 @@ def splice_images(
     is_image = valid & (input_ids == placeholder)
     is_text = valid & ~is_image
     where = f"{where}: image_tokens"
-    # Checked before `embed` is called, which would fail on placeholders that differ from
-    # `placeholder`.
+    # This check is before the call of `embed`, which fails if `placeholder` is not the id in use.
     for sample, (count, tokens) in enumerate(zip(is_image.sum(1).tolist(), images, strict=True)):
         expected = f"{count} images for {count} placeholders"
         require(count == len(tokens), where, f"sample {sample}", expected, len(tokens))
@@ -110,17 +110,17 @@ def splice_images(
         marks = None if labels is None else labels[sample][valid[sample]]
         rows.append(_row(ids == placeholder, texts[sample], tokens, marks))
 
-    def laid(column: int, fill: int) -> Tensor:
+    def padded(column: int, fill: int) -> Tensor:
         """Return one field of all samples, with padding."""
         return pad_sequence([row[column] for row in rows], True, fill, padding_side)
 
-    image_ids, mask = laid(1, TEXT), laid(2, 0)
+    image_ids, mask = padded(1, TEXT), padded(2, 0)
     return Spliced(
-        inputs_embeds=laid(0, 0),
+        inputs_embeds=padded(0, 0),
         vision_mask=image_ids != TEXT,
         image_ids=image_ids,
         attention_mask=mask,
-        labels=None if labels is None else laid(3, IGNORE),
+        labels=None if labels is None else padded(3, IGNORE),
         position_ids=(mask.cumsum(1) - 1).clamp(min=0),
     )
 
@@ -142,7 +142,7 @@ def _row(
 
     Args:
         is_image: ``(n,)`` bool, True for placeholders.
-        text: embeddings of the other ids.
+        text: embeddings of the ids that are not placeholders.
         images: tokens of each image.
         labels: target ids ``(n,)``, or None.
     """
@@ -184,12 +184,12 @@ def build_vision_mask(
         bidirectional: whether the tokens of an image attend to each other in both directions;
             otherwise images are in causal order too.
         dtype: dtype of an additive mask, with 0 for allowed pairs and the lowest finite number for
-            all other pairs; None returns bools. Eager attention of transformers needs the additive
-            form: it would add bools as 0 and 1, which masks nothing.
+            all other pairs; None returns bools. Eager attention of transformers needs an additive
+            mask: it adds bools as 0 and 1, which masks nothing.
         past_length: number of the T tokens that are in the cache; they are keys but not queries.
         window: number of tokens that a query attends to in layers with sliding attention,
-            ``j > i - window``; with ``bidirectional``, the tokens of an image attend to the whole
-            image nevertheless.
+            ``j > i - window``. With ``bidirectional``, the tokens of an image still attend to the
+            whole image.
 
     Returns:
         ``(B, 1, T - past_length, T)``.
@@ -200,7 +200,7 @@ def build_vision_mask(
             ``past_length`` is outside [0, T]; if the window is below 1; or if the dtype is not
             floating-point.
 
-    Source: arXiv 2503.20680. The released code treats adjacent images as one; here they are two.
+    Source: arXiv 2503.20680. The released code treats adjacent images as a single image.
     """
     where = "build_vision_mask"
     shape, found = tuple(attention_mask.shape), tuple(image_ids.shape)

@@ -1,4 +1,4 @@
-"""Sessions, models, samplers and saves of Tinker's API. The routes are in :mod:`.app`.
+"""Sessions, models, samplers and checkpoints of Tinker's API. The routes are in :mod:`.app`.
 
 A client program opens a session, and trains models and samples in it. A model of the API is a
 tenant of the service: an adapter with its optimizer.
@@ -47,7 +47,7 @@ class Session:
     asked: OrderedDict[Any, Answer] = field(default_factory=OrderedDict)
 
     def keep(self, name: str, sampler: Sampler) -> None:
-        """Add a sampler. If there are too many, remove the oldest: its adapter takes memory."""
+        """Add a sampler. If there are too many, remove the oldest, to free its adapter's memory."""
         self.samplers[name] = sampler
         if len(self.samplers) > _SAMPLERS:
             self.samplers.popitem(last=False)
@@ -92,7 +92,7 @@ class Api:
         return [each for each in list(self.sessions.values()) if each.key == key]
 
     def alive(self, key: str, session: Any) -> Session:
-        """Return a key's session; raise GoneError if it has no such session."""
+        """Return the session of an API key; raise GoneError if the key has no such session."""
         found = self.sessions.get(session)
         if found is None or found.key != key:
             raise GoneError(f"session_id: expected an open session, found {session!r:.200}")
@@ -101,7 +101,7 @@ class Api:
     def end(self, name: str, wait: bool = False) -> None:
         """End a session: drop the waiting calls of its models, and save their adapters.
 
-        With ``wait``, returns after the adapters have been saved.
+        With ``wait``, the method returns after the adapters have been saved.
         """
         with self.promises.lock:
             session = self.sessions.pop(name, None)
@@ -123,7 +123,7 @@ class Api:
             return [name for name, each in self.sessions.items() if now - each.beat > silence]
 
     def model(self, key: str, name: Any) -> tuple[Session, Model]:
-        """Return a key's model and its session; raise GoneError if it has no such model."""
+        """Return a model of an API key and its session; raise GoneError if the key lacks it."""
         with self.promises.lock:
             for session in self._of(key):
                 if name in session.models:
@@ -199,11 +199,11 @@ class Api:
         return self.service.sampler()
 
     def samplers(self, key: str, name: Any) -> tuple[Session, Sampler]:
-        """Return a key's sampler and its session; raise GoneError if it has no such sampler."""
+        """Return a sampler of an API key and its session; raise GoneError if the key lacks it."""
         for session in self._of(key):
             if name in session.samplers:
                 return session, session.samplers[name]
-        raise GoneError(f"sampling_session_id: expected a session of this key, found {name!r:.200}")
+        raise GoneError(f"sampling_session_id: expected an id of this API key, found {name!r:.200}")
 
     def asample(self, key: str, asked: Answer) -> Answer:
         """Return a promise of samples; a repeated ``seq_id`` returns the earlier promise."""

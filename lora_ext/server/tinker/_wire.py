@@ -2,7 +2,7 @@
 
 The messages are defined here with the field numbers and types of Tinker's messages, which determine
 the encoding. Names may differ. A map is encoded as a list of messages with a key and a value, and
-an enumeration as a number. The only package that is needed is ``protobuf``.
+an enumeration as a number. This module requires only the package ``protobuf``.
 """
 
 from __future__ import annotations
@@ -76,7 +76,7 @@ def read_request(body: bytes) -> tuple[Any, list[Datum], dict[str, float]]:
     try:
         request = messages["ForwardBackwardRequest"].FromString(body)
     except Exception as error:
-        raise ValueError(f"body: expected a ForwardBackwardRequest, found {error}") from None
+        raise ValueError(f"body: not a valid ForwardBackwardRequest: {error}") from None
     data = []
     for i, datum in enumerate(request.data):
         for chunk in datum.model_input:

@@ -48,7 +48,7 @@ _POSTS = """create_session session_heartbeat create_model unload_model get_info 
     save_weights save_weights_for_sampler load_weights optim_step create_sampling_session asample"""
 
 _CODES = {ValueError: 400, KeyError: 400, TypeError: 400, GoneError: 410}
-_WORDS = {str: "a text", int: "an integer", dict: "an object", bool: "true or false"}
+_WORDS = {str: "a string", int: "an integer", dict: "an object", bool: "true or false"}
 _CODES |= {QueueFullError: 429, PoolFullError: 429}
 
 
@@ -88,7 +88,7 @@ def make_app(service: Service, base: str, keys: set[str] | None) -> FastAPI:
         return await go_on(request)
 
     def post(path: str, function: Callable[[str, Answer], Any]) -> None:
-        """Add a POST route. ``function(key, body)`` runs in a thread."""
+        """Add a POST route that returns the result of ``function(key, body)``, run in a thread."""
 
         async def run(request: Request) -> Any:
             return await asyncio.to_thread(function, request.state.key, await _read(request))
@@ -136,13 +136,13 @@ async def _read(request: Request) -> Answer:
 
 
 class _Routes(Api):
-    """Handlers of the routes in ``_POSTS``; requests have a JSON body.
+    """Handlers of the routes in ``_POSTS``, which take a JSON body.
 
-    Their arguments are the API key and the fields of the body.
+    The arguments of a handler are the API key and the fields of the body.
     """
 
     def config(self, key: str, asked: Answer) -> Answer:
-        """Return the settings of clients."""
+        """Return the settings that clients must use."""
         off = ("pjwt_auth_enabled", "sample_use_retrieve_futures", "custom_loss_server_side")
         return {"proto_compress_fwdbwd": zstandard is not None, **dict.fromkeys(off, False)}
 
@@ -232,7 +232,7 @@ class _Routes(Api):
 
 
 def _add_others(app: FastAPI, api: Api) -> None:
-    """Add the routes that take no JSON body or may answer with bytes."""
+    """Add the routes without a JSON body, and those whose response may be bytes."""
 
     @app.post("/api/v1/sessions/{session}/finish")
     def finish(session: str, request: Request) -> Answer:
@@ -260,7 +260,7 @@ def _add_others(app: FastAPI, api: Api) -> None:
             try:
                 body = zstandard.ZstdDecompressor().stream_reader(body).read(MAX_BODY + 1)
             except zstandard.ZstdError as error:
-                raise ValueError(f"body: expected zstd data, found an error: {error}") from None
+                raise ValueError(f"body: expected valid zstd data: {error}") from None
             if len(body) > MAX_BODY:
                 raise HTTPException(413, f"body: expected at most {MAX_BODY} bytes, found more")
         asked, data, options = read_request(body)

@@ -28,8 +28,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--model", type=Path, required=True, help="folder of a transformers model")
     parser.add_argument("--store", type=Path, required=True, help="folder for all saved adapters")
     parser.add_argument("--port", type=int, default=8000, help="port; 0 uses a free port")
-    parser.add_argument("--host", default="127.0.0.1", help="address; default: only this machine")
-    parser.add_argument("--keys", type=Path, help="file with one API key per line; default: any")
+    parser.add_argument("--host", default="127.0.0.1", help="address (default: %(default)s)")
+    parser.add_argument("--keys", type=Path, help="file of API keys, one per line (default: any)")
     args = parser.parse_args(argv)
     settings, keys = Settings(args.model, args.store, args.host, args.port), None
     try:

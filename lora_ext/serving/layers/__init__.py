@@ -1,1 +1,1 @@
-"""Layers that replace base modules and add the updates of a pool's adapters."""
+"""Layers that replace base modules and apply the adapters of a pool."""

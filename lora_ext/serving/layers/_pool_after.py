@@ -1,4 +1,4 @@
-"""Adapters of a pool that scale the outputs of a layer, such as those of IA3.
+"""Rescaling of a layer's outputs, for adapters of a pool such as those of IA3.
 
 For slot ``s``, with scales ``c[s]`` (O,) that :meth:`lora_ext.kinds.Kind.after` computes::
 
@@ -26,15 +26,15 @@ from lora_ext.layers import is_quantised, readable_weight
 from lora_ext.rows import Block, PoolLayer, _context, _traced, capturing
 
 # A compiled graph can contain numbers and tensors but not objects. An op in the graph finds the
-# factors of a layer by number in this registry, which does not keep layers alive.
+# PoolAfter of a layer by number in this registry, which does not keep layers alive.
 _numbers = itertools.count()
 _by_number: weakref.WeakValueDictionary[int, PoolAfter] = weakref.WeakValueDictionary()
 
 
 class Rescale(NamedTuple):
-    """The D rows with scales of the outputs, and these scales."""
+    """Scales of the outputs of D rows."""
 
-    # (D,) indices of the rows. In a graph it is None for all T rows; the scales of others are 1
+    # (D,) indices of the rows, or None in a graph: all T rows, with 1 for rows without scales
     rows: Tensor | None
     c: Tensor  # (D, O + 1), scales; the last column is 1 if the bias is not scaled, else 0
     bias: Tensor | None  # (O,)
@@ -43,7 +43,7 @@ class Rescale(NamedTuple):
 def rescaled(y: Tensor, rescale: Rescale) -> Tensor:
     """Replace rows of ``y (..., O)`` by ``c * (y - bias) + bias``, and return the result.
 
-    If the bias is scaled too, they are ``c * y``. Results are rounded once to the dtype of ``y``.
+    Rows whose bias is scaled, too, become ``c * y``. Values are rounded once to the dtype of ``y``.
     Other rows are unchanged. If ``y`` is contiguous, it may be changed in place.
     """
     rows, c, bias = rescale
@@ -62,13 +62,13 @@ def rescaled(y: Tensor, rescale: Rescale) -> Tensor:
 
 
 class PoolAfter:
-    """Scales ``c`` of one layer, by slot.
+    """Scales ``c`` of one layer's outputs, by slot of the pool.
 
     This class is thread-safe: a pinned slot does not change, so threads that compute the same
-    factors at the same time get identical results, and any of them may be cached.
+    scales at the same time get identical results, and any of them may be cached.
 
     Args:
-        base: the base layer that the adapters adapt.
+        base: base layer of the adapters.
         slab: pages and tables of the layer in the pool.
         name: name of the layer, for messages.
     """
@@ -82,7 +82,7 @@ class PoolAfter:
     def rescale(
         self, block: Block, leading: torch.Size, device: torch.device, tokens_first: bool
     ) -> Rescale | None:
-        """Return the argument of :func:`rescaled` for an output of shape ``(*leading, O)``.
+        """Return the scales for :func:`rescaled` of an output with shape ``(*leading, O)``.
 
         Returns None if no adapter of the rows scales its outputs.
         """
@@ -102,7 +102,7 @@ class PoolAfter:
     def traced_rescale(
         self, layer: PoolLayer, leading: Sequence[int], device: torch.device
     ) -> Rescale:
-        """Return the argument of :func:`rescaled` in a compiled graph, for all rows of a layer.
+        """Return the scales for :func:`rescaled` of all rows of a layer in a compiled graph.
 
         The adapters of the rows are those of the block in which the graph runs.
         """
@@ -113,11 +113,11 @@ class PoolAfter:
 
     @property
     def bias(self) -> Tensor | None:
-        """Bias of the base layer, which is not scaled."""
+        """Bias of the base layer before any scaling, or None."""
         return getattr(self.base, "bias", None)
 
     def factor(self, slot: int) -> Tensor:
-        """Return the scales ``(O,)`` of a slot, and 1 if the bias is not scaled, else 0.
+        """Return ``(O + 1,)``: the scales of a slot, then 1 if the bias is not scaled, else 0.
 
         The tensor is cached until the slot or the weight changes.
         """
@@ -125,7 +125,7 @@ class PoolAfter:
         key: tuple[Any, ...] = (version,)
         weight = None
         if kind.needs_weight and is_quantised(self.base):
-            # The key is made from the stored tensors, so that a hit does not dequantise the weight.
+            # The key contains the stored tensors, so that a hit does not dequantise the weight.
             stored = itertools.chain(self.base.parameters(), self.base.buffers())
             key += tuple((id(t), 0 if t.is_inference() else t._version) for t in stored)
         elif kind.needs_weight:
@@ -170,15 +170,15 @@ class PoolAfter:
 
 
 class AfterTable:
-    """Scales of one layer at a fixed address, for a captured graph.
+    """Scales of one layer's outputs at a fixed address, for captured graphs.
 
     Args:
         factors: scales of the layer.
         slots: number of slots of the pool.
 
     Attributes:
-        c: scales ``(slots + 1, O + 1)``. Rows of slots without scales are 1, as is the last row,
-            which is for the base model (slot -1).
+        c: scales ``(slots + 1, O + 1)``. Rows of slots without scales contain ones, and so does the
+            last row, which is for the base model (slot -1).
     """
 
     def __init__(self, factors: PoolAfter, slots: int):
@@ -189,7 +189,7 @@ class AfterTable:
             self.c = torch.ones(slots + 1, like.shape[1] + 1, dtype=like.dtype, device=like.device)
 
     def follow(self, residents: Iterable[Any]) -> None:
-        """Write the factors of a step's adapters, if they have changed since the last call."""
+        """Write the scales of a step's adapters, if they have changed since the last call."""
         for slot in (resident.slot for resident in residents):
             c = self._factors.factor(slot) if slot in self._factors.slab.scaled else None
             if self._holds.get(slot) is c:
@@ -202,7 +202,7 @@ class AfterTable:
                 self._holds[slot] = c
 
 
-# This is an op, like ``active_adapters``, as a compiled graph cannot read a ContextVar.
+# This is an op like ``active_adapters``, because a compiled graph cannot read a ContextVar.
 @traced(
     "active_after(int handle, int layer, SymInt[] leading, SymInt features, "
     "ScalarType dtype, Device device, bool tokens_first, SymInt[] batch) -> Tensor",

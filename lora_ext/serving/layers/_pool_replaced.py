@@ -1,8 +1,8 @@
 """Adapters that replace a module (PEFT's ``modules_to_save``), usually the output head.
 
 An adapter may also replace only some rows of the embedding (``trainable_token_indices``). The base
-module computes all rows of the batch. The rows whose adapter replaces the module are then
-recomputed with the weight of the adapter and overwritten; other rows are unchanged.
+module first computes all rows of the batch. Rows whose adapter replaces the module are then
+recomputed with the adapter's weight and overwritten; other rows are unchanged.
 """
 
 from __future__ import annotations
@@ -21,23 +21,23 @@ from lora_ext.rows import Block, _context, _traced
 def with_replaced(
     y: Tensor, x: Tensor, name: str, of_slots: Mapping[int, Any], block: Block, tokens_first: bool
 ) -> Tensor:
-    """Return ``y (..., O)``, in which rows are recomputed if their adapter replaces the module.
+    """Recompute rows of ``y (..., O)`` if their adapter replaces the module; return the result.
 
     Args:
         y: output of the base module; changed in place if no gradient is needed.
         x: input of the module: ``(..., I)``, or token ids ``(...)`` of an embedding.
         name: name of the module in the pool.
-        of_slots: by slot of an adapter, the ``weight`` and ``bias`` that replace those of the
-            module.
-        block: the block that determines the slot of each row.
+        of_slots: for each slot whose adapter replaces the module, the ``weight`` and ``bias`` to
+            use.
+        block: block that determines the slot of each row.
         tokens_first: whether the first dimension of ``x`` is tokens.
     """
     of_tokens = not x.is_floating_point()
     leading = x.shape if of_tokens else x.shape[:-1]
     layout = _context.current_layout(leading, x.device, tokens_first)
     # A captured step reads the weights, and the place of each row's adapter among them, at the
-    # fixed addresses of a bank. `of_slots` contains the slots at the time of the capture, not those
-    # at the time of a replay.
+    # fixed addresses of a bank. It cannot use `of_slots`, which contains the slots at the time of
+    # the capture and not those at the time of a replay.
     if block.step_rows(layout) is not None:
         assert block.step is not None
         bank, places = block.step.bank(name)
@@ -75,8 +75,8 @@ def _product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 def _with_rows(y: Tensor, x: Tensor, weight: Tensor, rows: Tensor) -> Tensor:
     """Return outputs ``y (T, O)`` of a module as if ``rows (n,)`` of its weight were replaced.
 
-    For an embedding, the outputs of all tokens ``x (T,)`` that are in ``rows`` change. For a head,
-    the columns ``rows`` of ``y`` change.
+    For an embedding, the outputs of the tokens of ``x (T,)`` that occur in ``rows`` change. For a
+    head, the columns ``rows`` of ``y`` change.
     """
     if x.is_floating_point():
         return y.index_copy(1, rows, F.linear(x.to(weight), weight).to(y.dtype))
@@ -105,10 +105,10 @@ class ReplacedBank:
             self._active = torch.zeros(places, dtype=torch.bool, device=like.weight.device)
 
     def follow(self, residents: Sequence[Any]) -> None:
-        """Copy the weights of the adapter at each place, if they have changed.
+        """Copy to each place the weights of its adapter, if they have changed.
 
         Args:
-            residents: the adapter at each place, or None.
+            residents: adapter at each place, or None for an empty place.
         """
         for place, resident in enumerate(residents):
             whole = None if resident is None else self._slab.replaced.get(resident.slot)
@@ -123,7 +123,7 @@ class ReplacedBank:
                     bias.zero_() if whole.bias is None else bias.copy_(whole.bias)
 
     def replaced(self, y: Tensor, x: Tensor, places: Tensor) -> Tensor:
-        """Return ``y (..., O)``, in which rows are recomputed with the weights at their places.
+        """Recompute rows of ``y (..., O)`` with the weights at their places; return the result.
 
         Args:
             y: output of the base module.
@@ -146,7 +146,7 @@ def _no_backward(_ctx: Any, *_grads: Any) -> Sequence[Tensor | None]:
     )
 
 
-# This is an op, like ``active_adapters``, as a compiled graph cannot read a ContextVar.
+# This is an op like ``active_adapters``, because a compiled graph cannot read a ContextVar.
 @traced(
     "replaced_rows(Tensor y, Tensor x, int handle, str name, bool tokens_first, SymInt[] batch, "
     "str? default) -> Tensor",

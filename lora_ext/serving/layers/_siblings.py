@@ -1,22 +1,21 @@
 """Compute the updates of layers that receive the same tensor (q, k, v; gate, up) in one op.
 
 ``lora_ext.attach(model, pool, fuse_siblings=True)`` sets one :class:`Siblings` on all layers of a
-parent module. Groups of layers are found by observing the calls in a block. The first layer that is
-called with a tensor is the leader, and a layer that is called with the same tensor later becomes
-its follower. Names are not compared, so q of cross-attention is not grouped with k and v, which
-receive another tensor.
+parent module. Groups of layers are found by observing the calls in an ``adapters`` block. The first
+layer that is called with a tensor is the leader. A layer that is called later with the same tensor
+becomes a follower of the leader. Names are not compared, so q of cross-attention is not grouped
+with k and v, which receive another tensor.
 
 A model calls ``q_proj(x)`` before ``k_proj(x)``. The leader therefore also calls the base modules
 of its followers, runs one op for all of them, and stores the outputs of the followers. A follower
 returns its stored output if it is called with the same unchanged tensor in the same block, thread
-and stream. Otherwise the follower computes its output. Stored outputs are deleted at the next call
-with another tensor, or when the tensor or the block is freed.
+and stream. Otherwise the follower computes its output itself. Stored outputs are deleted at the
+next call with another tensor, or when the tensor or the block is freed.
 
 The output of a follower is computed before the model calls the follower, so the tensor must not
 change in between. The version counter of a tensor shows changes, but inference tensors have no
-counter. Under ``torch.inference_mode`` the leader's call therefore keeps a copy of the tensor while
-followers are being searched. A layer becomes a follower if the tensor still equals this copy when
-the layer is called.
+counter. Under ``torch.inference_mode``, a call that searches for followers therefore keeps a copy
+of the tensor. A layer becomes a follower if the tensor equals this copy when the layer is called.
 """
 
 from __future__ import annotations
@@ -38,14 +37,14 @@ from lora_ext.rows import Block, Rows, _rows, innermost
 
 from ._multi_lora import MultiLoraLinear, scale_and_groups, with_bias
 
-#: A leader drops its followers after this number of consecutive calls in which a stored output was
-#: not used.
+#: Number of consecutive calls with an unused stored output after which a leader drops its
+#: followers.
 MAX_MISSED_CALLS = 3
-#: Number of calls of layers without followers that are compared with later calls to find followers.
-#: The count restarts when a layer computes a row with an adapter for the first time.
+#: Number of calls of layers without followers after which the search for followers ends. The count
+#: restarts when a layer first computes a row with an adapter.
 MAX_OBSERVED_CALLS = 64
-#: Whether layers on the CPU share ops, too. This saves no launches there, and no decode step or
-#: prefill of a whole model became faster (docs/notes/lora.md).
+#: Whether layers on the CPU share ops, too. The CPU has no kernel launches to save, and no decode
+#: step or prefill of a whole model became faster (docs/notes/lora.md).
 SHARE_ON_CPU = False
 
 
@@ -82,14 +81,14 @@ class _Member:
 
 
 class _Call:
-    """Latest call of a leader, or of a layer that may become one, in a thread.
+    """Latest call in a thread of a leader, or of a layer that may become a leader.
 
     It does not keep the input or the block alive. If one of them is freed, the outputs are deleted.
 
     Attributes:
-        leader: the layer that was called.
+        leader: layer that was called.
         outputs: stored outputs that were not used yet, by name of the follower.
-        waiting: number of stored outputs that were not used, including deleted ones.
+        waiting: number of stored outputs that were not used, including deleted outputs.
     """
 
     __slots__ = ("_block", "_copy", "_stream", "_version", "_x", "leader", "outputs", "waiting")
@@ -151,7 +150,7 @@ class Siblings:
         self._thread = _ThreadState()
 
     def take_output(self, layer: MultiLoraLinear, x: Tensor) -> Tensor | None:
-        """Return and remove the output that a leader has computed for the layer from ``x``."""
+        """Remove and return the layer's output for ``x`` that a leader has stored, or None."""
         call = self._thread.call
         if call is None or not call.outputs:
             return None
@@ -174,25 +173,26 @@ class Siblings:
 
         1. Observe: if ``x`` is the tensor of the latest call in this thread, and another layer was
            called, that layer is the leader. This layer becomes a follower if there is room for it.
-        2. Otherwise drop the latest call, which counts as missed if an output was not used, and
-           store this call as the latest one.
+        2. Otherwise drop the latest call (a missed call if an output was not used), and store this
+           call as the latest one.
         3. Call the base layers of this layer's followers, add the updates of all layers in one op,
            and store the followers' outputs.
 
         Args:
-            layer: the layer that the model calls.
+            layer: layer that the model calls.
             x: input of the layer.
-            y: output of its base layer for ``x``; changed in place unless the result is None.
+            y: output of the base layer for ``x``; changed in place unless the result is None.
             rows: adapters of the rows.
 
         Returns:
-            The output; or None if the caller has to add the update of only this layer:
+            The output, or None if the caller must compute this layer alone. This is the case if one
+            of these statements is true:
 
             * Layers on this device do not share ops.
             * The layer has no followers, even if calls are still observed to find them.
-            * A backward computes the layer again, or ``x`` is not :func:`plain <is_plain_input>`.
-            * The layer is a follower (step 1). The leader computes its output from the next call
-              on, or later if this call had no copy of an inference tensor.
+            * The layer is recomputed in backward, or ``x`` is not :func:`plain <is_plain_input>`.
+            * The layer is a follower (step 1). The leader will compute the layer's output from its
+              next call on, or later if this call had no copy of an inference tensor.
             * The layer is not :func:`plain <is_plain_layer>`, or none of its followers is.
             * The output of a base layer is not contiguous, or its dtype is not that of ``x``.
 
@@ -202,11 +202,11 @@ class Siblings:
         if not (x.is_cuda or SHARE_ON_CPU):
             return None
         member = self._members[layer.name]
-        if not member.adapted:  # the layer's first adapter may also target siblings: observe again
+        if not member.adapted:  # observe again, since the first adapter may also target siblings
             member.adapted, self._observations = True, MAX_OBSERVED_CALLS
         if not (member.followers or self._observations > 0):
             return None
-        # In a backward the innermost block is usually None; layers use the block of the forward.
+        # In a backward pass the innermost block is usually None; layers use the forward's block.
         block = innermost()
         if block is None or not is_plain_input(x):
             return None
@@ -215,7 +215,7 @@ class Siblings:
             if last.leader is not member and last.has_input(x):
                 if last.is_unchanged(x):
                     _add_follower(last.leader, member)
-                else:  # an inference tensor that has changed, or that was not copied
+                else:  # an inference tensor that has changed, or that was not copied before
                     self._needs_copy = True
                 return None  # the leader's call stays the latest one, for other followers
             self._drop(last)
@@ -248,7 +248,7 @@ class Siblings:
         return ys[0]
 
     def _drop(self, call: _Call) -> None:
-        """Discard a call; count it as missed if an output was not used."""
+        """Discard a call. Count the call as missed if an output was not used."""
         self._thread.call = None
         if call.waiting:
             call.outputs.clear()
@@ -299,7 +299,7 @@ def is_plain_layer(layer: MultiLoraLinear, x: Tensor) -> bool:
     a, kind = slab.a_pages, type(base)
     return not (
         a is None
-        or a.dtype != x.dtype
+        or slab.dtype != x.dtype
         or slab.scaled
         or slab.before is not None
         or slab.was_replaced
@@ -314,7 +314,7 @@ def is_plain_layer(layer: MultiLoraLinear, x: Tensor) -> bool:
 
 
 def _add_updates(ys: list[Tensor], x: Tensor, slabs: list[Any], rows: Rows) -> None:
-    """Add the updates of the rows in place to each of the contiguous tensors ``ys (..., O)``."""
+    """Add the rows' updates in place to each of the contiguous tensors ``ys (..., O)``."""
     scales, groups = zip(*(scale_and_groups(slab, rows.weights) for slab in slabs), strict=True)
     how: dict[str, Any] = {} if rows.weights is None else {"weights": rows.weights}
     how |= {} if groups[0] is None else {"groups": groups}

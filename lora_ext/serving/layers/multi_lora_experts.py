@@ -19,15 +19,15 @@ class MultiLoraExperts(PoolLayer):
 
     Adds ``scale[s] * B[s, e] A[s, e] x[t]`` to both products of an expert, where ``s`` is the slot
     of row ``t``'s adapter, and ``e`` is each of the experts that the row is routed to. The adapters
-    of the rows are those of the block :func:`lora_ext.adapters`; if no row has an adapter, the
-    layer only calls ``base``. The kernels treat each pair of adapter and expert as a slot. The
-    index of this slot is computed on the device from the router's choice and the row's adapter, and
-    one call of the op per product computes all pairs of row and expert. The router is not adapted.
+    of the rows are those of the block :func:`lora_ext.adapters`. If no row has an adapter, the
+    layer only calls ``base``. The kernels treat each pair of adapter and expert as a slot, whose
+    index is computed on the device from the router's choice and the row's adapter. One call of the
+    op per product computes all pairs of row and expert. The router is not adapted.
 
     Args:
         base: experts module to replace: see :mod:`lora_ext.layers._experts`.
-        pool: the :class:`lora_ext.AdapterPool`.
-        name: name of the module in the model; the pool contains its parameters by name.
+        pool: :class:`lora_ext.AdapterPool` that contains the adapters.
+        name: name of the module in the model. The pool contains the module's parameters by name.
     """
 
     def __init__(self, base: nn.Module, pool: Any, name: str):
