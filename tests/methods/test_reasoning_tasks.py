@@ -188,7 +188,7 @@ def test_items_do_not_depend_on_the_number_of_workers(make):
         ),
         (
             lambda: HashChain(1, chains=(6, 8), num_chains=4, hash_length=1),
-            "HashChain: hash_length: expected a length with at least 54 .*, found 1, which gives 36",
+            "HashChain: hash_length: expected a length with at least 54 .*, found 1, which gives",
         ),
         (lambda: HashChain(-3), "HashChain: num_samples: expected at least 0, found -3"),
         (lambda: HashChain(1, hash_length=0), "HashChain: hash_length: expected at least 1, found"),
