@@ -157,7 +157,8 @@ def bits_bounds(i: dict[str, Any], exact: Outputs) -> Outputs:
     group, relative to the magnitudes of the centred terms, plus one rounding of the result.
 
     A tensor core adds 17 numbers and cuts each below 2^-23 of the largest, and then the sum: 36
-    roundings for 16 in-features. A sum of 32 in-features has up to three products for each 16.
+    roundings for 16 in-features. A sum of 32 in-features has up to three products for each 16. Twins
+    may round inputs to multiples of 2^-22 of the largest magnitude of their group.
     """
     cuts = 2 * 36 * (3 if i["x"].dtype == torch.float32 else 1) if i["x"].is_cuda else 0
     i = on_cpu(i)
@@ -175,6 +176,9 @@ def bits_bounds(i: dict[str, Any], exact: Outputs) -> Outputs:
     wide = i["x"].shape[1]
     terms = x @ size.flatten(1).t() + i["bias"].double().abs()
     bound = (wide + 5 * (wide // i["how"]["group"]) + 1 + cuts) * 2.0**-24 * terms
+    if i["x"].numel() and not i["int8"]:
+        largest = x.unflatten(1, (-1, i["how"]["group"])).amax(2)  # (T, groups)
+        bound += 2.0**-23 * largest @ size.sum(2).t()
     y = bound + torch.finfo(i["x"].dtype).eps / 2 * (exact["y"].abs() + bound)
     # The formula and the loop both round scale * code + minimum once to float32.
     weight = 2.0**-23 * exact["weight"].abs()

@@ -5,7 +5,17 @@ from typing import Any
 import pytest
 import torch
 from backends import Backend
-from cases_packed_linear import DTYPES, FORMATS, adapters, bits_dtypes, make
+from cases_packed_linear import (
+    DTYPES,
+    FORMATS,
+    adapters,
+    bits_bounds,
+    bits_dtypes,
+    bits_formula,
+    bits_inputs,
+    bits_product,
+    make,
+)
 from contract import assert_same_bits, off_grid, with_threads
 
 from lora_ext import ops, reference
@@ -110,6 +120,21 @@ def test_rows_that_are_not_finite_affect_only_their_outputs(backend: Backend) ->
             found = ops.packed_linear(x, packed, None, 40, int8)
             assert found[3].isnan().all()
             assert_same_bits(found[[0, 1, 2, 4]], expected[[0, 1, 2, 4]])
+
+
+def test_inputs_of_any_magnitude_stay_within_the_bounds(backend: Backend) -> None:
+    """Groups of zeros, subnormal numbers and large numbers, the largest number below a power of two,
+    and magnitudes that differ within a group."""
+    sizes = [0.0, 1e-42, 1e-30, 1e30, 1 - 2**-24, -(1 - 2**-24), 2.0**20, -(2.0**-126)]
+    for form in FORMATS:
+        i = bits_inputs((16, 128, 40), torch.float32, device=backend.device, form=form)
+        for t, size in enumerate(sizes):
+            i["x"][t, ::2] = size
+            i["x"][8 + t, 3] = size
+        exact = bits_formula(i)
+        error = (bits_product(i)["y"].cpu().double() - exact["y"]).abs()
+        # Subnormal numbers may count as zero.
+        assert (error <= bits_bounds(i, exact)["y"] + 128 * 2.0**-118).all()
 
 
 def test_kernels_raise_for_what_only_the_twin_computes(backend: Backend) -> None:

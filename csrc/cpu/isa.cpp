@@ -34,13 +34,13 @@ namespace lora_ext {
 
 namespace {
 
-// Return whether the processor has AMX tiles of bfloat16 and Linux lets this process use them. A
-// process must request the permission, which this function does.
+// Return whether the processor has AMX tiles of bfloat16 and int8 and Linux lets this process use
+// them. A process must request the permission, which this function does.
 [[maybe_unused]] bool has_tiles() {
 #if defined(LX_X86_TABLES) && defined(__linux__)
     unsigned a, b, c, d;
-    constexpr unsigned kBf16 = 1u << 22, kTile = 1u << 24;  // CPUID leaf 7, EDX
-    if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || !(d & kBf16) || !(d & kTile)) return false;
+    constexpr unsigned kNeeded = 1u << 22 | 1u << 24 | 1u << 25;  // CPUID leaf 7, EDX
+    if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || (d & kNeeded) != kNeeded) return false;
     constexpr long kRequestPermission = 0x1023, kTileData = 18;
     return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
 #else

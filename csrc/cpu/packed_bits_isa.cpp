@@ -5,9 +5,18 @@
 // All tiles share the prefetches of the next chunk, so that memory is never idle. One or two rows
 // process two panels at a time, since the sums of a single panel would be bound by the latency of
 // their chain of additions.
+//
+// Processors that multiply four pairs of bytes at once (AVX-512-VNNI, AMX) do so for float inputs
+// too: each group of inputs is converted to integers of 24 bits with a common unit, whose three
+// bytes are multiplied separately. The sums of a group are then exact integers. Rounding an input
+// to the unit loses about as much as one rounding of a float32 sum. Three products of four inputs
+// take less time than widening four codes and multiplying them as floats.
 #include "lora_ext/packed_bits.h"
 
+#include <atomic>
+
 #include "parts.h"
+#include "tile_config.h"
 #include "vec.h"
 
 namespace lora_ext::LX_ISA {
@@ -22,6 +31,13 @@ constexpr int64_t kRows = 32;          // rows per pass over W
 
 using Word = VecN<uint32_t, kF>;
 using Int32 = VecN<int32_t, kF>;
+using Bytes = VecN<int8_t, LX_VEC_BYTES>;
+
+#if defined(__AVX512VNNI__) && LX_VEC_BYTES == 64
+constexpr int kFloatDigits = 3;  // digits of eight bits into which prepare converts a float input
+#else
+constexpr int kFloatDigits = 0;  // products read the floats
+#endif
 
 LX_INLINE float half_to_float(const uint8_t* p) {
     const uint16_t h = load_bits<uint16_t>(p);
@@ -112,71 +128,100 @@ LX_INLINE void add_group(const uint8_t* const* w, const uint8_t* const* fetch, c
 }
 
 // ------------------------------------------------------------------------------------------------
-// Inputs of 8 bits
+// Inputs in digits of eight bits
 
-// Return sum + the products of the four bytes of a lane: codes of the weight, w, and of a row, x.
-// Weight codes of 8 bits are signed; those of 4 bits are unsigned, as they are stored.
+// Return the codes of four in-features of a step as signed bytes; codes of 4 bits are centred.
 template <int kBits>
-LX_INLINE Int32 add_products(Word w, uint32_t x, Int32 sum) {
-#if defined(__AVX512VNNI__) && LX_VEC_BYTES == 64
-    // The instruction takes its first operand as unsigned, so for codes of 8 bits x is the code of
-    // the row plus 128, see kFlip.
-    const __m512i row = (__m512i)(x - Word{});
+LX_INLINE Word bytes_of(Word w, int half) {
     if constexpr (kBits == 8)
-        return (Int32)_mm512_dpbusd_epi32((__m512i)sum, row, (__m512i)w);
+        return w;
     else
-        return (Int32)_mm512_dpbusd_epi32((__m512i)sum, (__m512i)w, row);
+        return (Word)((Bytes)(w >> (4 * half) & 0x0f0f0f0fu) - static_cast<int8_t>(8));
+}
+
+// Return sum + the products of the four bytes of a lane: signed codes and unsigned digits x.
+LX_INLINE Int32 add_products(Word codes, uint32_t x, Int32 sum) {
+#if defined(__AVX512VNNI__) && LX_VEC_BYTES == 64
+    return (Int32)_mm512_dpbusd_epi32((__m512i)sum, (__m512i)(x - Word{}), (__m512i)codes);
 #else
-    for (int f = 0; f < 4; ++f) {
-        const Int32 code = (Int32)(w << (24 - 8 * f)) >> 24;
-        sum += code * (static_cast<int32_t>(x << (24 - 8 * f)) >> 24);
-    }
+    for (int f = 0; f < 4; ++f)
+        sum += ((Int32)(codes << (24 - 8 * f)) >> 24) * static_cast<int32_t>(x >> (8 * f) & 255u);
     return sum;
 #endif
 }
-#if defined(__AVX512VNNI__) && LX_VEC_BYTES == 64
-constexpr uint32_t kFlip = 0x80808080u;  // turns a signed byte x into x + 128
-#else
-constexpr uint32_t kFlip = 0;
-#endif
 
-// As add_group, for rows of int8; the sums are integers.
-template <int kBits, int kCount, int kPanels>
+// sum (rows x digits x panels x vectors) = the products of a group's codes with each digit of the
+// inputs x. excess = 128 times the sum of the codes.
+template <int kBits, int kDigits, int kCount, int kPanels>
 LX_INLINE void add_codes(const uint8_t* const* w, const uint8_t* const* fetch, const Fetch& how,
-                         const int8_t* x, int64_t x_stride, int64_t group,
-                         Int32 (*sum)[kPanels][kVectors]) {
-    constexpr bool kOffset = kBits == 8 && kFlip != 0;
-    Int32 excess[kPanels][kVectors] = {};  // 128 times the sum of the codes
-    for (int i = 0; i < kCount; ++i)
-        for (int p = 0; p < kPanels; ++p)
-            for (int j = 0; j < kVectors; ++j) sum[i][p][j] = Int32{};
+                         const uint8_t* x, int64_t x_stride, int64_t group,
+                         Int32 (*sum)[kDigits][kPanels][kVectors], Int32 (*excess)[kVectors]) {
+    for (int p = 0; p < kPanels; ++p)
+        for (int j = 0; j < kVectors; ++j) {
+            excess[p][j] = Int32{};
+            for (int i = 0; i < kCount; ++i)
+                for (int d = 0; d < kDigits; ++d) sum[i][d][p][j] = Int32{};
+        }
     for (int64_t k = 0, at = 0, ahead = 0; k < group;
          k += kFeatures<kBits>, at += kStepBytes, ahead += how.stride) {
         fetch_step<kPanels>(fetch, how, ahead);
-        for (int p = 0; p < kPanels; ++p) {
-            for (int j = 0; j < kVectors; ++j) {
-                const Word word = load_bits<Word>(w[p] + at + j * LX_VEC_BYTES);
-                for (int half = 0; half < kFeatures<kBits> / 4; ++half) {
-                    const Word codes = kBits == 8 ? word : word >> (4 * half) & 0x0f0f0f0fu;
-                    if constexpr (kOffset)
-                        excess[p][j] = add_products<kBits>(codes, 0x80808080u, excess[p][j]);
-                    for (int i = 0; i < kCount; ++i) {
-                        const uint32_t row = load_bits<uint32_t>(x + i * x_stride + k + 4 * half);
-                        sum[i][p][j] =
-                            add_products<kBits>(codes, kOffset ? row ^ kFlip : row, sum[i][p][j]);
-                    }
+        for (int half = 0; half < kFeatures<kBits> / 4; ++half) {
+            Word codes[kPanels][kVectors];
+            for (int p = 0; p < kPanels; ++p)
+                for (int j = 0; j < kVectors; ++j) {
+                    const Word word = load_bits<Word>(w[p] + at + j * LX_VEC_BYTES);
+                    codes[p][j] = bytes_of<kBits>(word, half);
+                    excess[p][j] = add_products(codes[p][j], 0x80808080u, excess[p][j]);
                 }
-            }
+            for (int i = 0; i < kCount; ++i)
+                for (int d = 0; d < kDigits; ++d) {
+                    const uint32_t row =
+                        load_bits<uint32_t>(x + i * x_stride + d * group + k + 4 * half);
+                    for (int p = 0; p < kPanels; ++p)
+                        for (int j = 0; j < kVectors; ++j)
+                            sum[i][d][p][j] = add_products(codes[p][j], row, sum[i][d][p][j]);
+                }
         }
     }
-    if constexpr (kOffset)
-        for (int i = 0; i < kCount; ++i)
-            for (int p = 0; p < kPanels; ++p)
-                for (int j = 0; j < kVectors; ++j) sum[i][p][j] -= excess[p][j];
+}
+
+// Return the sum of the products of a group with its inputs, in units of the inputs, from the sums
+// of each digit. `digit(d)` returns those of digit d, the least significant one first. The last one
+// is stored plus 128.
+template <int kDigits, typename F>
+LX_INLINE Vec<float> value_of(F&& digit, Int32 excess) {
+    const Int32 last = digit(kDigits - 1) - excess;
+    if constexpr (kDigits == 1) return __builtin_convertvector(last, Vec<float>);
+    const Vec<float> upper = __builtin_convertvector((last << 8) + digit(1 % kDigits), Vec<float>);
+    return fma(upper, broadcast<float>(256), __builtin_convertvector(digit(0), Vec<float>));
 }
 
 // ------------------------------------------------------------------------------------------------
 // Products
+
+// Scales of a block for one vector of outputs, and the factors of the sums of a row's inputs: the
+// weights with the code at the centre.
+struct Scales {
+    Vec<float> scale, centre;
+};
+
+LX_INLINE Scales scales_of(const PackedBitsArgs& args, const uint8_t* block, int64_t column) {
+    const Half* at = reinterpret_cast<const Half*>(block + code_bytes(args)) + column;
+    Scales found{load(at), Vec<float>{}};
+    if (args.minimum) found.centre = load(at + kPanel) + found.scale * 8.0f;
+    return found;
+}
+
+// Add the product of group g with a row to a vector of totals.
+LX_INLINE void add_value(const PackedBitsArgs& args, const Scales& scales, Vec<float> value,
+                         int64_t row, int64_t g, float* total) {
+    Vec<float> t = fma(scales.scale, value, load(total));
+    if (args.sums) {
+        const float sum = args.sums[row * (args.in_features / args.group) + g];
+        t = fma(scales.centre, broadcast<float>(sum), t);
+    }
+    store(total, t);
+}
 
 // Groups [begin, end) of one or two panels.
 struct Chunk {
@@ -185,11 +230,11 @@ struct Chunk {
 };
 
 // totals (rows x kPanels x kPanel) += the products of a chunk, for the columns from `column` on.
-template <int kBits, int kCount, int kPanels, bool kCodes>
+// If kDigits is 0, inputs are floats.
+template <int kBits, int kDigits, int kCount, int kPanels>
 void add_tile(const PackedBitsArgs& args, const Chunk& chunk, int64_t row, int64_t column,
               Fetch how, float* totals) {
-    const int64_t group = args.group, groups = args.in_features / group;
-    const int64_t block = block_bytes(args), size = code_bytes(args);
+    const int64_t group = args.group, groups = args.in_features / group, block = block_bytes(args);
     // From group to group, a single pass moves its prefetches by a whole block (codes and scales),
     // so that they stay kAhead bytes ahead.
     const int64_t group_stride = how.both ? block : group / kFeatures<kBits> * how.stride;
@@ -202,38 +247,30 @@ void add_tile(const PackedBitsArgs& args, const Chunk& chunk, int64_t row, int64
                        (g - chunk.begin) * group_stride;
         }
         Vec<float> sum[kCount][kPanels][kVectors];
-        if constexpr (kCodes) {
-            Int32 whole[kCount][kPanels][kVectors];
-            add_codes<kBits, kCount, kPanels>(w, fetch, how,
-                                              args.codes + row * args.in_features + g * group,
-                                              args.in_features, group, whole);
+        if constexpr (kDigits > 0) {
+            const int64_t stride = kDigits * args.in_features;
+            Int32 digits[kCount][kDigits][kPanels][kVectors], excess[kPanels][kVectors];
+            add_codes<kBits, kDigits, kCount, kPanels>(
+                w, fetch, how, args.codes + row * stride + g * kDigits * group, stride, group,
+                digits, excess);
             for (int i = 0; i < kCount; ++i)
                 for (int p = 0; p < kPanels; ++p)
                     for (int j = 0; j < kVectors; ++j)
-                        sum[i][p][j] = __builtin_convertvector(whole[i][p][j], Vec<float>) *
-                                       args.x_scales[row + i];
+                        sum[i][p][j] = value_of<kDigits>([&](int d) { return digits[i][d][p][j]; },
+                                                         excess[p][j]) *
+                                       args.x_scales[(row + i) * groups + g];
         } else {
             add_group<kBits, kCount, kPanels>(
                 w, fetch, how, args.x + row * args.x_stride + g * group, args.x_stride, group, sum);
         }
-        for (int p = 0; p < kPanels; ++p) {
-            const Half* scales = reinterpret_cast<const Half*>(blocks[p] + size) + column;
+        for (int p = 0; p < kPanels; ++p)
             for (int j = 0; j < kVectors; ++j) {
-                // The sum of the row's inputs is multiplied by the weight of code 8 or, if the
-                // codes of 4 bits are not centred, by that of code 0.
-                const Vec<float> scale = load(scales + j * kF);
-                Vec<float> centre = Vec<float>{};
-                if (args.minimum) centre = load(scales + kPanel + j * kF);
-                if (args.minimum != kCodes) centre += scale * (kCodes ? -8.0f : 8.0f);
-                for (int i = 0; i < kCount; ++i) {
-                    float* total = totals + (i * kPanels + p) * kPanel + column + j * kF;
-                    Vec<float> t = fma(scale, sum[i][p][j], load(total));
-                    if (args.sums)
-                        t = fma(centre, broadcast<float>(args.sums[(row + i) * groups + g]), t);
-                    store(total, t);
-                }
+                const int64_t at = column + j * kF;
+                const Scales scales = scales_of(args, blocks[p], at);
+                for (int i = 0; i < kCount; ++i)
+                    add_value(args, scales, sum[i][p][j], row + i, g,
+                              totals + (i * kPanels + p) * kPanel + at);
             }
-        }
     }
 }
 
@@ -257,29 +294,157 @@ LX_INLINE void end_totals(const PackedBitsArgs& args, int64_t o, int64_t row, in
                       min(width, args.out_features - o));
 }
 
-template <typename T, int kBits, bool kCodes>
+#if defined(__AMX_INT8__)
+// Tile registers: 0 to 5 have sums of rows x 16 outputs, two for each digit, for the halves of a
+// panel. 6 has one digit of rows x 64 in-features, 7 the codes of 64 in-features x 16 outputs. The
+// sums are those of add_codes, so each number of rows has the same bits with and without tiles.
+constexpr int64_t kTileFeatures = 64;
+constexpr int kSumRows = 16;  // rows of a tile
+// Fewest rows for which tiles are faster than vectors.
+template <int kDigits>
+constexpr int64_t kLeastTileRows = 5;
+
+template <int kDigits>
+LX_INLINE void add_tiles(const uint8_t* w, const uint8_t* x, int64_t x_stride, int64_t group) {
+    _tile_loadd(7, w, kStepBytes);
+    _tile_loadd(6, x, x_stride);
+    _tile_dpbusd(0, 6, 7);
+    if constexpr (kDigits == 3) {
+        _tile_loadd(6, x + group, x_stride);
+        _tile_dpbusd(2, 6, 7);
+        _tile_loadd(6, x + 2 * group, x_stride);
+        _tile_dpbusd(4, 6, 7);
+    }
+    _tile_loadd(7, w + kTileRow, kStepBytes);
+    if constexpr (kDigits == 3) {
+        _tile_dpbusd(5, 6, 7);
+        _tile_loadd(6, x + group, x_stride);
+        _tile_dpbusd(3, 6, 7);
+        _tile_loadd(6, x, x_stride);
+    }
+    _tile_dpbusd(1, 6, 7);
+}
+
+// sums (digits x halves x rows x 16) = the products of a group, as in add_codes.
+template <int kDigits>
+LX_INLINE void multiply_group(const uint8_t* w, const uint8_t* x, int64_t x_stride, int64_t group,
+                              Int32 (*sums)[2][kSumRows]) {
+    _tile_zero(0);
+    _tile_zero(1);
+    if constexpr (kDigits == 3) {
+        _tile_zero(2);
+        _tile_zero(3);
+        _tile_zero(4);
+        _tile_zero(5);
+    }
+    for (int64_t k = 0; k < group; k += kTileFeatures)
+        add_tiles<kDigits>(w + k / 4 * kStepBytes, x + k, x_stride, group);
+    _tile_stored(0, sums[0][0], kTileRow);
+    _tile_stored(1, sums[0][1], kTileRow);
+    if constexpr (kDigits == 3) {
+        _tile_stored(2, sums[1][0], kTileRow);
+        _tile_stored(3, sums[1][1], kTileRow);
+        _tile_stored(4, sums[2][0], kTileRow);
+        _tile_stored(5, sums[2][1], kTileRow);
+    }
+}
+
+template <typename T, int kBits, int kDigits>
+void multiply_tiles(const PackedBitsArgs& args, int64_t begin, int64_t end) {
+    static_assert(kVectors == 2 && kF == 16 && kPanel == 32);
+    constexpr int64_t kMostGroup = 128;
+    const int64_t group = args.group, groups = args.in_features / group, block = block_bytes(args);
+    const int64_t stride = kDigits * args.in_features;
+    alignas(64) float totals[kRows * kPanel];
+    alignas(64) uint8_t wide[kBits == 4 ? kMostGroup * kPanel : 1];  // codes of 4 bits, as bytes
+    Int32 sums[kDigits][2][kSumRows];
+    int64_t configured = 0;
+    for (int64_t p = begin; p < end; ++p)
+        for (int64_t first = 0; first < args.rows; first += kRows) {
+            const int64_t rows = min(kRows, args.rows - first), tiles = blocks_of(rows, kSumRows);
+            const int64_t height = blocks_of(rows, tiles);
+            if (height != configured) {
+                const int64_t features = min(group, kTileFeatures);
+                TileConfig config;
+                for (int tile = 0; tile < 6; ++tile) config.set(tile, height);
+                config.set(6, height, features);
+                config.set(7, features / 4);
+                _tile_loadconfig(&config);
+                configured = height;
+            }
+            begin_totals<T>(args, p * kPanel, rows, kPanel, totals);
+            for (int64_t g = 0; g < groups; ++g) {
+                const uint8_t* at = args.packed + (p * groups + g) * block;
+                for (int64_t line = 0; first == 0 && line < block; line += 64)
+                    __builtin_prefetch(at + kAhead + line);
+                Int32 excess[kVectors] = {};
+                for (int64_t k = 0; k < group; k += 4)
+                    for (int j = 0; j < kVectors; ++j) {
+                        const int64_t step = k / kFeatures<kBits> * kStepBytes + j * LX_VEC_BYTES;
+                        const int half = static_cast<int>(k % kFeatures<kBits> / 4);
+                        const Word codes = bytes_of<kBits>(load_bits<Word>(at + step), half);
+                        excess[j] = add_products(codes, 0x80808080u, excess[j]);
+                        if constexpr (kBits == 4)
+                            __builtin_memcpy(wide + k / 4 * kStepBytes + j * LX_VEC_BYTES, &codes,
+                                             sizeof codes);
+                    }
+                // GCC does not know that tile loads read memory, and would remove stores.
+                std::atomic_signal_fence(std::memory_order_seq_cst);
+                const Scales scales[] = {scales_of(args, at, 0), scales_of(args, at, kF)};
+                for (int64_t tile = 0, done = 0; tile < tiles; ++tile, done += height) {
+                    // The last tile may contain rows of the one before it, which are left out.
+                    const int64_t start = min(done, rows - height);
+                    multiply_group<kDigits>(
+                        kBits == 4 ? wide : at,
+                        args.codes + (first + start) * stride + g * kDigits * group, stride, group,
+                        sums);
+                    for (int64_t i = done - start; i < height; ++i) {
+                        const int64_t row = start + i;
+                        const float unit = args.x_scales[(first + row) * groups + g];
+                        for (int j = 0; j < kVectors; ++j) {
+                            const Vec<float> value =
+                                value_of<kDigits>([&](int d) { return sums[d][j][i]; }, excess[j]);
+                            add_value(args, scales[j], value * unit, first + row, g,
+                                      totals + row * kPanel + j * kF);
+                        }
+                    }
+                }
+            }
+            end_totals<T>(args, p * kPanel, first, rows, kPanel, totals);
+        }
+    _tile_release();
+}
+#endif
+
+template <typename T, int kBits, int kDigits>
 void multiply(const PackedBitsArgs& args, int64_t begin, int64_t end) {
+#if defined(__AMX_INT8__)
+    if (args.rows >= kLeastTileRows<kDigits>)
+        return multiply_tiles<T, kBits, kDigits>(args, begin, end);
+#endif
     constexpr int64_t kColumns = kVectors * kF;  // columns of a tile
+    // Three digits have three times as many sums.
+    constexpr int kMostRows = kDigits == 3 ? 4 : kTileRows, kPairedRows = kDigits == 3 ? 1 : 2;
     const int64_t groups = args.in_features / args.group, block = block_bytes(args);
     alignas(64) float totals[kRows * kPanel];
     for (int64_t p = begin, panels; p < end; p += panels) {
         const uint8_t* panel = args.packed + p * groups * block;
         const int64_t o = p * kPanel;
-        panels = args.rows <= 2 && p + 2 <= end ? 2 : 1;
+        panels = args.rows <= kPairedRows && p + 2 <= end ? 2 : 1;
         if (panels == 2) {
             const Fetch how{kAhead, kStepBytes, true};
             begin_totals<T>(args, o, args.rows, 2 * kPanel, totals);
             for (int64_t column = 0; column < kPanel; column += kColumns)
-                with_constant<2>(args.rows, [&](auto count) {
-                    add_tile<kBits, count.value, 2, kCodes>(args, {panel, 0, groups}, 0, column,
-                                                            how, totals);
+                with_constant<kPairedRows>(args.rows, [&](auto count) {
+                    add_tile<kBits, kDigits, count.value, 2>(args, {panel, 0, groups}, 0, column,
+                                                             how, totals);
                 });
             end_totals<T>(args, o, 0, args.rows, 2 * kPanel, totals);
             continue;
         }
         for (int64_t first = 0; first < args.rows; first += kRows) {
             const int64_t rows = min(kRows, args.rows - first);
-            const int64_t tiles = blocks_of(rows, kTileRows), passes = tiles * kPanel / kColumns;
+            const int64_t tiles = blocks_of(rows, kMostRows), passes = tiles * kPanel / kColumns;
             const int64_t chunk = passes == 1 ? groups : blocks_of(kChunkBytes, block);
             begin_totals<T>(args, o, rows, kPanel, totals);
             for (int64_t g = 0; g < groups; g += chunk) {
@@ -293,9 +458,9 @@ void multiply(const PackedBitsArgs& args, int64_t begin, int64_t end) {
                                               ? Fetch{kAhead, kStepBytes, true}
                                               : Fetch{chunk * block + chunk * block * pass / passes,
                                                       kStepBytes / passes, false};
-                        with_constant<kTileRows>(n, [&](auto count) {
-                            add_tile<kBits, count.value, 1, kCodes>(args, part, first + row, column,
-                                                                    how, totals + row * kPanel);
+                        with_constant<kMostRows>(n, [&](auto count) {
+                            add_tile<kBits, kDigits, count.value, 1>(
+                                args, part, first + row, column, how, totals + row * kPanel);
                         });
                     }
             }
@@ -307,11 +472,11 @@ void multiply(const PackedBitsArgs& args, int64_t begin, int64_t end) {
 template <typename T>
 void by_bits(const PackedBitsArgs& args, int64_t begin, int64_t end) {
     if (args.bits == 8)
-        args.codes ? multiply<T, 8, true>(args, begin, end)
-                   : multiply<T, 8, false>(args, begin, end);
+        args.digits == 1 ? multiply<T, 8, 1>(args, begin, end)
+                         : multiply<T, 8, kFloatDigits>(args, begin, end);
     else
-        args.codes ? multiply<T, 4, true>(args, begin, end)
-                   : multiply<T, 4, false>(args, begin, end);
+        args.digits == 1 ? multiply<T, 4, 1>(args, begin, end)
+                         : multiply<T, 4, kFloatDigits>(args, begin, end);
 }
 void product(const PackedBitsArgs& args, int64_t begin, int64_t end) {
     args.dtype == DType::kFloat32 ? by_bits<float>(args, begin, end)
@@ -329,40 +494,78 @@ LX_INLINE int nearest_code(float v, int first, int last) {
     return static_cast<int>(bit_cast<int32_t>(v + kMagic) - bit_cast<int32_t>(kMagic));
 }
 
+// Write a row of inputs as one digit each, and return its scale. A row that is not finite has NaN
+// as its scale, so that all of its outputs are NaN.
+LX_INLINE float round_row(const float* x, int64_t count, uint8_t* digits) {
+    float most = 0;
+    bool finite = true;
+    for (int64_t k = 0; k < count; ++k) {
+        const float v = x[k] < 0 ? -x[k] : x[k];
+        most = v > most ? v : most;
+        finite &= v - v == 0;
+    }
+    const float scale = most / 127;
+    for (int64_t k = 0; k < count; ++k)
+        digits[k] = static_cast<uint8_t>(
+            128 + (finite && scale > 0 ? nearest_code(x[k] / scale, -127, 127) : 0));
+    return finite ? scale : bit_cast<float>(0x7fc00000u);
+}
+
+#if defined(__AVX512VNNI__) && LX_VEC_BYTES == 64
+// Write a group of inputs as integers of 24 bits, three digits each, and return their unit: a power
+// of two, at most 2^-22 of the largest magnitude, or NaN if an input is not finite.
+LX_INLINE float fix_group(const float* x, int64_t group, uint8_t* digits) {
+    Word largest = Word{};
+    for (int64_t k = 0; k < group; k += kF) {
+        const Word magnitude = load_bits<Word>(x + k) & 0x7fffffffu;
+        largest = (Word)_mm512_max_epu32((__m512i)largest, (__m512i)magnitude);
+    }
+    const uint32_t most = _mm512_reduce_max_epu32((__m512i)largest);
+    // The magnitudes are below 2^(exponent - 126). The unit is not subnormal.
+    const uint32_t exponent = most >> 23 > 23 ? most >> 23 : 23;
+    const float unit = bit_cast<float>((exponent - 22) << 23);
+    const Vec<float> inverse = broadcast<float>(bit_cast<float>((276 - exponent) << 23));
+    for (int64_t k = 0; k < group; k += kF) {
+        const __m512i rounded = _mm512_cvtps_epi32((__m512)(load(x + k) * inverse));
+        const __m512i moved = _mm512_add_epi32(rounded, _mm512_set1_epi32(1 << 23));
+        const __m512i v = _mm512_min_epu32(moved, _mm512_set1_epi32((1 << 24) - 1));
+        for (int d = 0; d < 3; ++d)
+            _mm_storeu_si128(reinterpret_cast<__m128i*>(digits + d * group + k),
+                             _mm512_cvtepi32_epi8(_mm512_srli_epi32(v, 8 * d)));
+    }
+    return most < 0x7f800000u ? unit : bit_cast<float>(0x7fc00000u);
+}
+#else
+LX_INLINE float fix_group(const float*, int64_t, uint8_t*) {
+    return 0;
+}
+#endif
+
 void prepare(const PackedBitsArgs& args, int64_t begin, int64_t end) {
     const int64_t group = args.group, groups = args.in_features / group;
     for (int64_t t = begin; t < end; ++t) {
         const float* x = args.x + t * args.x_stride;
-        int8_t* codes = args.codes ? args.codes + t * args.in_features : nullptr;
-        float scale = 1;
-        if (codes) {
-            float most = 0;
-            bool finite = true;
-            for (int64_t k = 0; k < args.in_features; ++k) {
-                const float v = x[k] < 0 ? -x[k] : x[k];
-                most = v > most ? v : most;
-                finite &= v - v == 0;
-            }
-            scale = most / 127;
-            // A row that is not finite has NaN as its scale, so that all of its outputs are NaN.
-            for (int64_t k = 0; k < args.in_features; ++k)
-                codes[k] = static_cast<int8_t>(
-                    finite && scale > 0 ? nearest_code(x[k] / scale, -127, 127) : 0);
-            args.x_scales[t] = scale = finite ? scale : bit_cast<float>(0x7fc00000u);
-        }
-        for (int64_t g = 0; args.sums && g < groups; ++g) {
-            if (codes) {
-                int32_t sum = 0;
-                for (int64_t k = 0; k < group; ++k) sum += codes[g * group + k];
-                args.sums[t * groups + g] = static_cast<float>(sum) * scale;
+        uint8_t* codes = args.codes + t * args.digits * args.in_features;
+        const float scale = args.digits == 1 ? round_row(x, args.in_features, codes) : 0;
+        for (int64_t g = 0; g < groups; ++g) {
+            if (args.digits > 0)
+                args.x_scales[t * groups + g] =
+                    args.digits == 1
+                        ? scale
+                        : fix_group(x + g * group, group, codes + g * args.digits * group);
+            if (!args.sums) continue;
+            float& sum = args.sums[t * groups + g];
+            if (args.digits == 1) {
+                int32_t whole = 0;
+                for (int64_t k = 0; k < group; ++k) whole += codes[g * group + k] - 128;
+                sum = static_cast<float>(whole) * scale;
                 continue;
             }
             // The lanes of one vector are added in ascending order.
             Vec<float> lanes = Vec<float>{};
             for (int64_t k = 0; k < group; k += kF) lanes += load(x + g * group + k);
-            float sum = 0;
+            sum = 0;
             for (int l = 0; l < kF; ++l) sum += lanes[l];
-            args.sums[t * groups + g] = sum;
         }
     }
 }
@@ -490,6 +693,6 @@ void unpack(const PackedBitsArgs& args, int64_t begin, int64_t end) {
 }  // namespace
 
 extern const PackedBitsCpu packed_bits_table;
-const PackedBitsCpu packed_bits_table = {pack, unpack, prepare, product};
+const PackedBitsCpu packed_bits_table = {pack, unpack, prepare, product, kFloatDigits};
 
 }  // namespace lora_ext::LX_ISA

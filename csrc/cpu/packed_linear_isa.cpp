@@ -14,6 +14,7 @@
 #include <atomic>
 
 #include "parts.h"
+#include "tile_config.h"
 #include "vec.h"
 
 namespace lora_ext::LX_ISA {
@@ -163,12 +164,7 @@ void multiply(const PackedLinearArgs& args, int64_t begin, int64_t end) {
 #if defined(__AMX_BF16__)
 // Tile registers: 0 and 1 have rows x 32 in-features of x, 2 and 3 the two halves of 16 steps of a
 // panel, 4 to 7 sums of rows x 16 outputs.
-struct alignas(64) TileConfig {
-    uint8_t palette = 1, start = 0, reserved[14] = {};
-    uint16_t bytes[16] = {};  // bytes per row of each tile
-    uint8_t rows[16] = {};
-};
-constexpr int64_t kTileSteps = 16, kTileRow = 64;  // kTileRow in bytes
+constexpr int64_t kTileSteps = 16;
 
 // Adds the products of 16 steps of a panel, at w, with 32 in-features of each row, at x, to the
 // sums in tile registers 4 to 7.
@@ -194,10 +190,7 @@ void multiply_tiles(const PackedLinearArgs& args, int64_t row, int64_t rows, int
     for (int tile = 0; tile < 8; ++tile) {
         const bool second = tile == 1 || tile > 5;
         const int64_t height = second ? rows - 16 : min(rows, 16);
-        config.bytes[tile] = kTileRow;
-        config.rows[tile] = tile == 2 || tile == 3 ? kTileSteps
-                            : height > 0           ? static_cast<uint8_t>(height)
-                                                   : 1;
+        config.set(tile, tile == 2 || tile == 3 ? kTileSteps : height > 0 ? height : 1);
     }
     _tile_loadconfig(&config);
     const BFloat* x = static_cast<const BFloat*>(args.x) + row * args.x_stride;

@@ -209,17 +209,19 @@ Tensor product_of_bits(const char* op, const Tensor& x, const Tensor& packed,
     args.y = y.mutable_data_ptr();
     const PackedBitsCpu& twins = chosen_twins<PackedBitsCpu>();
     Tensor sums, codes, scales;
-    if (args.minimum || (int8 && args.bits == 4)) {
-        sums = at::empty({args.rows, args.in_features / args.group}, wide.options());
+    const int64_t groups = args.in_features / args.group;
+    if (args.minimum) {
+        sums = at::empty({args.rows, groups}, wide.options());
         args.sums = sums.mutable_data_ptr<float>();
     }
-    if (int8) {
-        codes = at::empty({args.rows, args.in_features}, wide.options().dtype(at::kChar));
-        scales = at::empty({args.rows}, wide.options());
-        args.codes = codes.mutable_data_ptr<int8_t>();
+    args.digits = int8 ? 1 : twins.float_digits;
+    if (args.digits > 0) {
+        codes = at::empty({args.rows, args.digits * args.in_features}, packed.options());
+        scales = at::empty({args.rows, groups}, wide.options());
+        args.codes = codes.mutable_data_ptr<uint8_t>();
         args.x_scales = scales.mutable_data_ptr<float>();
     }
-    if (args.sums || args.codes)
+    if (args.sums || args.digits > 0)
         for_items(args.rows, args.in_features * 4, kSerialBytes,
                   [&](int64_t begin, int64_t end) { twins.prepare(args, begin, end); });
     // Widening and multiplying codes takes longer than reading them, from about 4 rows on.

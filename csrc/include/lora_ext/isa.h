@@ -24,7 +24,7 @@ Isa best_isa();
 // name in the namespace of an instruction set. Families of the second list are also compiled for
 // AVX-512-bf16, which multiplies pairs of bfloat16 (dot_pairs in vec.h) and, with the VNNI that
 // every such processor has, four int8 at once. Those of the third list are also compiled for AMX,
-// which multiplies tiles of bfloat16: on a processor that has it, this is their AVX-512-bf16 code.
+// which multiplies tiles of bfloat16 and int8: on a processor that has it, this is their AVX-512-bf16 code.
 #define LX_FAMILIES(X)                      \
     X(LoraTrainCpu, train_table)            \
     X(GramCpu, gram_table)                  \
@@ -37,10 +37,10 @@ Isa best_isa();
     X(PointwiseCpu, pointwise_table)        \
     X(RowAttentionCpu, row_attention_table) \
     X(VocabCpu, vocab_table)
-#define LX_FAMILIES_WITH_PAIRS(X) \
-    X(LoraCpu, lora_table)        \
-    X(PackedBitsCpu, packed_bits_table)
-#define LX_FAMILIES_WITH_TILES(X) X(PackedLinearCpu, packed_linear_table)
+#define LX_FAMILIES_WITH_PAIRS(X) X(LoraCpu, lora_table)
+#define LX_FAMILIES_WITH_TILES(X)       \
+    X(PackedBitsCpu, packed_bits_table) \
+    X(PackedLinearCpu, packed_linear_table)
 
 // Return the table of one family for an instruction set that runs here, e.g.
 // twins<LoraCpu>(best_isa()).

@@ -30,8 +30,9 @@ struct PackedBitsArgs {
     int64_t weight_stride = 0;   // elements between rows
     uint8_t* packed = nullptr;   // written by pack, read by product and unpack
     float* sums = nullptr;       // (T, I / group) sums of x, written by prepare; or nullptr
-    int8_t* codes = nullptr;     // (T, I) x as int8, written by prepare; or nullptr
-    float* x_scales = nullptr;   // (T,) scale of each row of codes
+    int64_t digits = 0;          // bytes per element of codes; 0 if products read x
+    uint8_t* codes = nullptr;    // (T, I / group, digits, group) x as integers, written by prepare
+    float* x_scales = nullptr;   // (T, I / group) units of these integers
     const void* input =
         nullptr;             // (T, I) of the dtype above, rows aligned to 16 bytes: x for kernels
     float* parts = nullptr;  // workspace of launch_packed_linear
@@ -46,15 +47,21 @@ LX_HOST_DEVICE constexpr int64_t block_bytes(const PackedBitsArgs& args) {
 
 // CPU twins. Items of prepare are rows, items of the others are panels; their split over threads
 // does not change the result. The bits of a row depend only on that row, W and bias. An element
-// starts at the bias. For each group in order, it adds scale times the float32 sum of the products
-// with the codes (in ascending order; codes of 4 bits are centred: q - 8), and then (minimum + 8
-// scale) times the sum of the row's inputs. With `codes`, the sums of a group are exact integers
-// and are multiplied by scale times x_scale.
+// starts at the bias. For each group in order, it adds scale times the sum of the products with the
+// codes (those of 4 bits are centred: q - 8), and then (minimum + 8 scale) times the sum of the
+// group's inputs.
+//
+// Without digits, the sum of a group is a float32 sum in ascending order. With digits, inputs are
+// integers times a unit, so their sum is exact, and is rounded to float32. With one digit, a row
+// has one unit, 1 / 127 of its largest magnitude. With three, a group has one: a power of two, at
+// most 2^-22 of its largest magnitude, or 2^-126. Digits are base 256, the least significant one
+// first, and 128 is added to the last one. A row that is not finite gives NaN.
 struct PackedBitsCpu {
     void (*pack)(const PackedBitsArgs&, int64_t begin, int64_t end);
     void (*unpack)(const PackedBitsArgs&, int64_t begin, int64_t end);
     void (*prepare)(const PackedBitsArgs&, int64_t begin, int64_t end);
     void (*product)(const PackedBitsArgs&, int64_t begin, int64_t end);
+    int64_t float_digits;  // digits with which product computes float inputs, 0 or 3
 };
 
 // CUDA. Codes, scales and minima have the same bits as the twins'. A product takes at most
