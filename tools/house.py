@@ -47,7 +47,7 @@ MOST_FILES = 15  # Python files in one folder
 MOST_LINES = 60  # lines of code in one function
 MOST_CODE = 37_932  # lines of code of the package, docstrings, comments and blanks not counted
 MOST_CHECKS = 0.094  # share of lines of code that check arguments
-MOST_TESTS = 75_373  # lines of tests/**/*.py
+MOST_TESTS = 75_408  # lines of tests/**/*.py
 MOST_LOOSE = 0  # functions and classes without underscore that are in no __all__
 MOST_WIDE = 22  # functions outside ops with more than eight parameters
 

@@ -68,9 +68,12 @@ def hmm(provider: str, rank: int, part: str) -> Value:
     return engine(threads="2", table="hmm", case=f"r = {rank}, {part}", provider=provider)
 
 
-def packed(over: str, rows: int, provider: str, matrix: str = "model") -> Value:
+AMD, INTEL = "AMD EPYC", "Intel(R) Xeon(R) Processor"
+
+
+def packed(over: str, rows: int, provider: str, matrix: str = "model", cpu: str = AMD) -> Value:
     case = f"decode {rows} rows of {rows} adapters"
-    how = {"matrix": matrix, "dtype": "float32", "case": case, "provider": provider}
+    how = {"matrix": matrix, "dtype": "float32", "case": case, "provider": provider, "cpu": cpu}
     return value("packed_cpu", over, **how)
 
 
@@ -111,9 +114,13 @@ FASTEST = {p: [of(min, *(hmm(x, r, p) for x in HMM_PEERS.values())) for r in RAN
 FIGURES: dict[tuple[str, str], list[Value]] = {
     (README, "time of a decode step of SmolLM2's shape, 16 rows with 16 adapters..."): DECODE,
     **{(page, place): [packed("over_base", 16, "packed")] for page, place in (
-        (README, "the same for SmolLM2-135M with [packed]..."),
         ("docs/packed.md", "a packed decode step takes # of the time"),
         (MANY, "divided by that of the unpacked model without adapters | # |"))},
+    (README, "the same for SmolLM2-135M with [packed]..."): [
+        packed("over_base", 16, "packed", cpu=cpu) for cpu in (AMD, INTEL)],
+    ("docs/packed.md", "figures are # in float32 (# with one row) and #, # and # with 8 bits"): [
+        *(packed("over_base", n, "packed", cpu=INTEL) for n in (16, 1)),
+        *(packed("over_base", n, "8 bits", "bits", INTEL) for n in (1, 4, 16))],
     ("docs/packed.md", "With 8 bits it takes #, # and # of that time with 1, 4 and 16 rows"):
         [packed("over_base", n, "8 bits", "bits") for n in (1, 4, 16)],
     **{(PACKED, name): accuracy(name) for name in (
