@@ -157,8 +157,8 @@ def bits_bounds(i: dict[str, Any], exact: Outputs) -> Outputs:
     group, relative to the magnitudes of the centred terms, plus one rounding of the result.
 
     A tensor core adds 17 numbers and cuts each below 2^-23 of the largest, and then the sum: 36
-    roundings for 16 in-features. A sum of 32 in-features has up to three products for each 16. Twins
-    may round inputs to multiples of 2^-22 of the largest magnitude of their group.
+    roundings for 16 in-features. A sum of 32 in-features has up to three products for each 16.
+    Twins may round inputs to multiples of 2^-22 of the largest magnitude of their group.
     """
     cuts = 2 * 36 * (3 if i["x"].dtype == torch.float32 else 1) if i["x"].is_cuda else 0
     i = on_cpu(i)

@@ -123,8 +123,8 @@ def test_rows_that_are_not_finite_affect_only_their_outputs(backend: Backend) ->
 
 
 def test_inputs_of_any_magnitude_stay_within_the_bounds(backend: Backend) -> None:
-    """Groups of zeros, subnormal numbers and large numbers, the largest number below a power of two,
-    and magnitudes that differ within a group."""
+    """Groups of zeros, subnormal numbers and large numbers, the largest number below a power of
+    two, and magnitudes that differ within a group."""
     sizes = [0.0, 1e-42, 1e-30, 1e30, 1 - 2**-24, -(1 - 2**-24), 2.0**20, -(2.0**-126)]
     for form in FORMATS:
         i = bits_inputs((16, 128, 40), torch.float32, device=backend.device, form=form)

@@ -24,7 +24,8 @@ Isa best_isa();
 // name in the namespace of an instruction set. Families of the second list are also compiled for
 // AVX-512-bf16, which multiplies pairs of bfloat16 (dot_pairs in vec.h) and, with the VNNI that
 // every such processor has, four int8 at once. Those of the third list are also compiled for AMX,
-// which multiplies tiles of bfloat16 and int8: on a processor that has it, this is their AVX-512-bf16 code.
+// which multiplies tiles of bfloat16 and int8: on a processor that has it, this is their
+// AVX-512-bf16 code.
 #define LX_FAMILIES(X)                      \
     X(LoraTrainCpu, train_table)            \
     X(GramCpu, gram_table)                  \
