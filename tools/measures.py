@@ -16,7 +16,7 @@ NOT_CODE = {tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, to
 NOT_CODE.add(tokenize.ENDMARKER)
 CHECKERS = set(
     """require integer number choice flag instance check_fields supported renamed""".split()
-)  # functions of lora_ext._checks; names with the prefix check_, refuse or require count as well
+)  # functions of lora_ext._checks; the prefixes of _is_checker count as well
 WIDE = 8  # parameters of one function
 
 
@@ -59,7 +59,8 @@ def code_lines(text: str) -> set[int]:
 
 
 def _is_checker(name: str) -> bool:
-    return name.lstrip("_").startswith(("check_", "refuse", "require"))
+    """Return whether a function checks arguments. ``requires_grad_`` does not."""
+    return name.lstrip("_").startswith(("check_", "refuse", "require")) and name[-1] != "_"
 
 
 def _checks(node: ast.AST) -> bool:
