@@ -22,6 +22,7 @@ struct PackedBitsArgs {
     int64_t rows = 0, in_features = 0, out_features = 0;
     int64_t bits = 8, group = 64;
     bool minimum = false;
+    int digits = 0;              // bytes per element of codes; 0 if products read x
     const float* x = nullptr;    // (T, I), widened to float32, for twins
     int64_t x_stride = 0;        // elements between rows of x or input
     const void* bias = nullptr;  // (O,), or nullptr
@@ -30,7 +31,6 @@ struct PackedBitsArgs {
     int64_t weight_stride = 0;   // elements between rows
     uint8_t* packed = nullptr;   // written by pack, read by product and unpack
     float* sums = nullptr;       // (T, I / group) sums of x, written by prepare; or nullptr
-    int64_t digits = 0;          // bytes per element of codes; 0 if products read x
     uint8_t* codes = nullptr;    // (T, I / group, digits, group) x as integers, written by prepare
     float* x_scales = nullptr;   // (T, I / group) units of these integers
     const void* input =
@@ -61,7 +61,7 @@ struct PackedBitsCpu {
     void (*unpack)(const PackedBitsArgs&, int64_t begin, int64_t end);
     void (*prepare)(const PackedBitsArgs&, int64_t begin, int64_t end);
     void (*product)(const PackedBitsArgs&, int64_t begin, int64_t end);
-    int64_t float_digits;  // digits with which product computes float inputs, 0 or 3
+    int float_digits;  // digits with which product computes float inputs, 0 or 3
 };
 
 // CUDA. Codes, scales and minima have the same bits as the twins'. A product takes at most
