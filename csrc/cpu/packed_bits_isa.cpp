@@ -3,8 +3,8 @@
 // A panel streams through the L1 cache in chunks of about 8 KiB, and every tile of rows uses a
 // chunk before the next one. A tile turns the codes of a step into float32 once for all its rows.
 // All tiles share the prefetches of the next chunk, so that memory is never idle. One or two rows
-// process two panels at a time, since the sums of a single panel would be bound by the latency of
-// their chain of additions.
+// (with three digits, one) process two panels at a time, since the sums of a single panel would be
+// bound by the latency of their chain of additions.
 //
 // Processors that multiply four pairs of bytes at once (AVX-512-VNNI, AMX) do so for float inputs
 // too: each group of inputs is converted to integers of 24 bits with a common unit, whose three

@@ -94,8 +94,8 @@ def packed_linear(
     With a weight of 8 or 4 bits, the products of a group of input features with the codes are added
     in float32, and the sum is multiplied by the scale of the group. With AVX-512-VNNI or AMX, the
     inputs of a group are first rounded to integers of 24 bits times a power of two, which changes
-    an input by at most 2^-23 of the group's largest magnitude. Their products are added exactly,
-    and an infinite input gives NaN.
+    an input by at most 2^-23 of the group's largest magnitude, or 2^-127. Their products are added
+    exactly, and an infinite input gives NaN.
 
     On CUDA, the weight must have 8 or 4 bits. Tensor cores add the products of 32 input features
     with the codes to a float32 sum, which is multiplied by the scale. These sums are added into 16
